@@ -1,0 +1,174 @@
+"""The settings of every job: one dataclass a job, defaults of the original's training guide.
+
+Nothing heavy is imported here, so that `acestep-ray --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class PrepareConfig:
+    """A folder of songs, a CSV or a JSON-lines file becomes a dataset."""
+
+    data_dir: str
+    """Folder of audio files with NAME_prompt.txt and NAME_lyrics.txt beside them, or a .csv or .jsonl file."""
+    output_dir: str
+    """Where the dataset is written (a Hugging Face `datasets` directory)."""
+    repeat_count: int = 1
+    """How many times each song appears in the dataset; repeats get keys of their own."""
+    test_fraction: float = 0.0
+    """Share of the songs that goes to a `test` split; 0 makes a single dataset."""
+    seed: int = 0
+    """Chooses which songs go to the test split."""
+
+
+@dataclass
+class PrecomputeConfig:
+    """Runs the frozen models once over a dataset and writes the feature cache."""
+
+    dataset_path: str
+    """Dataset directory that `prepare` wrote."""
+    checkpoint_dir: str
+    """Checkpoint directory in the released layout."""
+    output_dir: str
+    """Where the feature cache is written."""
+    split: str = "train"
+    """Split to read when the dataset has several."""
+    tag_shuffles: int = 4
+    """How many orders of a song's tags are cached as prompts; each recaption adds one more."""
+    ssl_frame_stride: int = 1
+    """Keep every n-th frame of the SSL features; 1 keeps all."""
+    max_duration: float = 240.0
+    """Seconds of each song that are used, from its start."""
+    encoder_workers: int | None = None
+    """Encoder actors; none chooses one per GPU, or one on a machine without."""
+    device: str = "auto"
+    """Device of the encoders: auto, cpu or cuda."""
+    seed: int = 0
+    """Chooses the orders of the tags."""
+
+
+@dataclass
+class TrainConfig:
+    """Trains a LoRA on a feature cache."""
+
+    dataset_path: str
+    """Feature cache that `precompute` wrote."""
+    checkpoint_dir: str
+    """Checkpoint directory of the base model, in the released layout."""
+    lora_config_path: str | None = None
+    """JSON file with the LoRA configuration (any field of PEFT's LoraConfig)."""
+    exp_name: str = "text2music_train_test"
+    """Name of the experiment: its files lie in `exps/EXP_NAME`, its logs in LOGGER_DIR/EXP_NAME."""
+    exp_dir: str = "./exps"
+    """Folder of all experiments."""
+    logger_dir: str = "./exps/logs/"
+    """Folder of the logs."""
+    tracking_uri: str | None = None
+    """MLflow server or database; the default is a SQLite file in the folder of the logs. `none` turns MLflow off."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises from 0, before it falls linearly to 0 at `max_steps`."""
+    max_steps: int = 2_000_000
+    """Optimizer steps."""
+    epochs: int = -1
+    """Passes over the data; -1 sets no limit, so that `max_steps` decides."""
+    batch_size: int = 1
+    """Songs in one micro-batch, unless `batch_frames` is given."""
+    batch_frames: int | None = None
+    """Latent frames (padding included) that one micro-batch may hold; a 240 s song has 2,584."""
+    accumulate_grad_batches: int = 1
+    """Micro-batches that each worker accumulates before an optimizer step."""
+    devices: int = 1
+    """Workers, one GPU each where there are GPUs."""
+    device: str = "auto"
+    """Device to train on: auto, cpu or cuda."""
+    precision: str = "bf16-mixed"
+    """bf16-mixed or 32 (`fp32` says the same)."""
+    gradient_clip_val: float = 0.5
+    """Largest norm of the gradient."""
+    shift: float = 3.0
+    """Shift of the flow-matching noise schedule."""
+    ssl_coeff: float = 1.0
+    """Weight of the SSL projection losses; 0 turns them off."""
+    text_dropout: float = 0.15
+    """Probability that a sample's prompt is dropped."""
+    speaker_dropout: float = 0.5
+    """Probability that a sample's speaker embedding is dropped."""
+    lyric_dropout: float = 0.15
+    """Probability that a sample's lyrics are dropped."""
+    activation_checkpointing: bool = False
+    """Recompute every block in the backward pass: less memory, about a third slower."""
+    num_workers: int = 8
+    """Threads that read the cache ahead of the model."""
+    every_n_train_steps: int = 2000
+    """Steps between checkpoints; the last step always writes one."""
+    every_plot_step: int = 2000
+    """Steps between validations: the fixed-noise loss and a generated sample."""
+    plot_seconds: float | None = None
+    """Length of the generated samples; none takes the length of the first song of the cache."""
+    seed: int = 1234
+    """Every random draw of the run is a function of this seed, the step and the song's key."""
+
+
+@dataclass
+class GenerateConfig:
+    """Makes music from a prompt and lyrics."""
+
+    checkpoint_dir: str
+    """Checkpoint directory of the base model, in the released layout."""
+    output_path: str
+    """Audio file to write (.wav, .flac, .ogg or .mp3); its mel picture lies beside it as .png."""
+    prompt: str = ""
+    """Tags or a description of the music."""
+    lyrics: str = ""
+    """The lyrics, or a path to a text file that holds them."""
+    language: str | None = None
+    """Language of all lyrics (en, de, fr, …); none detects it line by line."""
+    duration: float = 60.0
+    """Length in seconds, at most 240."""
+    seed: int = 0
+    """Same seed, same music."""
+    infer_steps: int = 60
+    """Steps of the sampler."""
+    guidance_scale: float = 15.0
+    """Strength of the guidance; 1 turns it off."""
+    omega: float = 10.0
+    """Granularity of the sampler's steps."""
+    shift: float = 3.0
+    """Shift of the noise schedule."""
+    lora_path: str | None = None
+    """LoRA: a `pytorch_lora_weights.safetensors` file or a directory that holds one."""
+    lora_weight: float = 1.0
+    """Strength of the LoRA."""
+    speaker_emb_path: str | None = None
+    """Speaker embedding (.pt, .npy or .safetensors with 512 floats)."""
+    overlapped_decode: bool = False
+    """Decode in overlapping windows: bounded memory for long songs."""
+    precision: str = "32"
+    """Precision of the transformer: 32 or bf16."""
+    device: str = "auto"
+    """Device to run on: auto, cpu or cuda."""
+
+
+@dataclass
+class QuickstartConfig:
+    """The whole road once: songs, dataset, cache, LoRA, music."""
+
+    songs: str | None = None
+    """Folder of your songs; none makes a few demonstration songs."""
+    output_dir: str = "./quickstart"
+    """Where everything is written."""
+    checkpoint_dir: str | None = None
+    """Checkpoint to train on; none writes a tiny one with random weights."""
+    max_steps: int = 60
+    """Training steps."""
+    device: str = "auto"
+    """Device to run on: auto, cpu or cuda."""
+    seed: int = 0
+    """Seed of the run."""
