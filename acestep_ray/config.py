@@ -13,7 +13,7 @@ class PrepareConfig:
     """A folder of songs, a CSV or a JSON-lines file becomes a dataset."""
 
     data_dir: str
-    """Folder of audio files with NAME_prompt.txt and NAME_lyrics.txt beside them, or a .csv or .jsonl file."""
+    """Folder of audio with NAME_prompt.txt and NAME_lyrics.txt beside each file, or a .csv or .jsonl file."""
     output_dir: str
     """Where the dataset is written (a Hugging Face `datasets` directory)."""
     repeat_count: int = 1
@@ -67,7 +67,7 @@ class TrainConfig:
     logger_dir: str = "./exps/logs/"
     """Folder of the logs."""
     tracking_uri: str | None = None
-    """MLflow server or database; the default is a SQLite file in the folder of the logs. `none` turns MLflow off."""
+    """MLflow server or database; the default is a SQLite file in LOGGER_DIR. `none` turns MLflow off."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
