@@ -5,6 +5,7 @@ Every loss is given per sample, and a sample's loss is the same alone and in any
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -59,17 +60,20 @@ class TrainingBatch:
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The same batch on `device`; copies from pinned memory do not block."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value):
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
-            if isinstance(value, SSLTarget):
-                return SSLTarget(move(value.features), move(value.lengths), value.stride)
-            if isinstance(value, dict):
-                return {name: move(item) for name, item in value.items()}
-            return value
+    def pin(self) -> TrainingBatch:
+        """The same batch in pinned memory."""
+        return self._map(Tensor.pin_memory)
 
-        return TrainingBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        ssl = {
+            name: SSLTarget(change(target.features), change(target.lengths), target.stride)
+            for name, target in self.ssl.items()
+        }
+        return TrainingBatch(**{**values, **tensors, "ssl": ssl})
 
 
 @dataclass

@@ -1,0 +1,37 @@
+# The two commands of a new user: `make quickstart` and `make test`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SONGS  ?=
+OUT    ?= ./quickstart
+
+# Where the released lyric vocabulary is at hand, the tests that need it run too.
+export ACESTEP_LYRIC_VOCAB ?= $(wildcard ../shared/data/lyric_vocab.json)
+
+.PHONY: venv quickstart test lint format clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+quickstart: venv
+	$(BIN)/acestep-ray quickstart --output_dir '$(OUT)' $(if $(SONGS),--songs '$(SONGS)')
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,131 @@
+"""The `acestep-ray` command: one subcommand a job, and `checkpoint`.
+
+A job's module is imported when its subcommand is called, so that `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from acestep_ray import __version__
+from acestep_ray.config import GenerateConfig, PrecomputeConfig, PrepareConfig, QuickstartConfig, TrainConfig
+from acestep_ray.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, AceStepError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A subcommand: its settings and the function that does the work, `module:function`."""
+
+    config: type
+    target: str
+
+
+JOBS = {
+    "prepare": Job(PrepareConfig, "acestep_ray.data.prepare:prepare_dataset"),
+    "precompute": Job(PrecomputeConfig, "acestep_ray.cache.precompute:precompute"),
+    "train": Job(TrainConfig, "acestep_ray.training.job:train"),
+    "generate": Job(GenerateConfig, "acestep_ray.generation.job:generate"),
+    "quickstart": Job(QuickstartConfig, "acestep_ray.quickstart:quickstart"),
+}
+CHECKPOINT_ACTIONS = {
+    "tiny": "acestep_ray.tiny_checkpoint:write_tiny_checkpoint",
+    "fetch": "acestep_ray.models.checkpoint:fetch_checkpoint",
+}
+CHECKPOINT_HELP = "Write a tiny checkpoint with random weights, or download the released one (8.3 GB)."
+
+
+def entry_point() -> None:
+    """`acestep-ray …`: run and exit."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code: 0 done, 1 a fault, 2 a mistake in the input, 130 interrupted."""
+    parser = build_parser()
+    arguments = [with_underscores(argument) for argument in arguments]
+    debug = "--debug" in arguments
+    parsed = parser.parse_args([argument for argument in arguments if argument != "--debug"])
+    try:
+        run(parsed)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except AceStepError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        # The last resort: a fault of ours or of the machine, told in a line; the traceback is for who asks.
+        if debug:
+            traceback.print_exc()
+        print(
+            f"fault: {type(error).__name__}: {error}\n  → run again with --debug for the traceback",
+            file=sys.stderr,
+        )
+        return EXIT_FAULT
+    return EXIT_DONE
+
+
+def run_pipeline(job: str) -> None:
+    """What a file in `pipelines/` does: the flags of `acestep-ray JOB`, and its exit code."""
+    sys.exit(main([job, *sys.argv[1:]]))
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the whole command."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="acestep-ray", description="Training for the ACE-Step v1 music model, on Ray."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, job in JOBS.items():
+        subparser = new_parser(name, job.config.__doc__.splitlines()[0])
+        subparser.add_class_arguments(job.config, as_group=False)
+        commands.add_subcommand(name, subparser, help=job.config.__doc__.splitlines()[0])
+    checkpoint = ArgumentParser(prog="acestep-ray checkpoint", description=CHECKPOINT_HELP)
+    checkpoint.add_argument("action", choices=list(CHECKPOINT_ACTIONS), help="What to do.")
+    checkpoint.add_argument("dir", type=str, help="Checkpoint directory to write.")
+    commands.add_subcommand("checkpoint", checkpoint, help=CHECKPOINT_HELP)
+    return parser
+
+
+def new_parser(name: str, description: str) -> ArgumentParser:
+    """A job's parser: settings come from `--config FILE`, the environment and flags, the later winning."""
+    parser = ArgumentParser(
+        prog=f"acestep-ray {name}", description=description, default_env=True, env_prefix="ACESTEP"
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
+    return parser
+
+
+def run(parsed: Namespace) -> None:
+    """Call the job that was asked for and print its summary."""
+    settings = parsed[parsed.command]
+    if parsed.command == "checkpoint":
+        load(CHECKPOINT_ACTIONS[settings.action])(settings.dir)
+        print(f"checkpoint written to {settings.dir}")
+        return
+    job = JOBS[parsed.command]
+    values = {name: value for name, value in settings.as_dict().items() if name != "config"}
+    print(load(job.target)(job.config(**values)).render())
+
+
+def load(target: str) -> Callable:
+    """Import `module:function`."""
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def with_underscores(argument: str) -> str:
+    """`--learning-rate=1e-4` → `--learning_rate=1e-4`; values are left as they are."""
+    match = re.fullmatch(r"(--[a-z][a-z-]*[a-z])(=.*)?", argument, re.DOTALL)
+    return match[1][:2] + match[1][2:].replace("-", "_") + (match[2] or "") if match else argument

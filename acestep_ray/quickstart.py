@@ -1,0 +1,185 @@
+"""The whole road once: songs → dataset → feature cache → LoRA → music."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from acestep_ray.cache.index import CacheIndex
+from acestep_ray.cache.precompute import PrecomputeSummary, precompute
+from acestep_ray.config import GenerateConfig, PrecomputeConfig, PrepareConfig, QuickstartConfig, TrainConfig
+from acestep_ray.data.demo import write_demo_songs
+from acestep_ray.data.prepare import PrepareSummary, prepare_dataset
+from acestep_ray.data.schema import open_dataset
+from acestep_ray.device import resolve_device
+from acestep_ray.errors import InputError
+from acestep_ray.generation.job import GenerateSummary, generate
+from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
+from acestep_ray.training.job import TrainSummary, train
+from acestep_ray.training.lora import DEFAULT_LORA
+
+# A tiny model with random weights learns nothing of music; a high rate shows within a minute that its loss falls.
+LEARNING_RATE = 3e-3
+GENERATED_SECONDS = 8.0
+
+
+@dataclass
+class QuickstartSummary:
+    """What was made on the way."""
+
+    output: Path
+    checkpoint: Path
+    tiny: bool
+    prepared: PrepareSummary
+    cached: PrecomputeSummary
+    trained: TrainSummary
+    generated: GenerateSummary
+    next_command: str
+    wall_seconds: float
+
+    def render(self) -> str:
+        """The summary as text."""
+        reasons = Counter(reject.reason for reject in self.cached.rejects)
+        rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
+        fixed = list(self.trained.fixed_noise.values())
+        rows = [
+            ("checkpoint", f"{self.checkpoint}" + (" (tiny, random weights)" if self.tiny else "")),
+            ("dataset", f"{self.prepared.output_dir} ({self.prepared.songs} songs)"),
+            ("cache", f"{self.cached.output_dir} ({self.cached.samples} songs)"),
+            ("rejected", f"{len(self.cached.rejects)} songs: {rejected}" if self.cached.rejects else "none"),
+            *(("", f"{reject.key}: {reject.message}") for reject in self.cached.rejects),
+            ("LoRA", f"{self.trained.lora}"),
+            (
+                "loss",
+                f"{self.trained.first_loss:.4f} → {self.trained.last_loss:.4f} from the first step to step "
+                f"{self.trained.steps}; on fixed noise {fixed[0]:.4f} → {fixed[-1]:.4f}",
+            ),
+            ("music", f"{self.generated.audio} ({self.generated.seconds:.1f} s), {self.generated.picture.name}"),
+            ("took", f"{self.wall_seconds:.0f} s"),
+            ("next", self.next_command),
+        ]
+        return "\n".join(["", "quickstart done", *(f"  {name:<10} {value}" for name, value in rows)])
+
+
+def quickstart(config: QuickstartConfig) -> QuickstartSummary:
+    """Run every job once on the demonstration songs, or on the user's. Raises InputError for what cannot be used."""
+    started = time.monotonic()
+    output = Path(config.output_dir).resolve()
+    device = resolve_device(config.device).type
+    songs = song_folder(config, output)
+
+    checkpoint = Path(config.checkpoint_dir or output / "checkpoint")
+    tiny = config.checkpoint_dir is None
+    if tiny and not checkpoint.exists():
+        announce("a tiny checkpoint with random weights")
+        write_tiny_checkpoint(checkpoint, seed=config.seed)
+
+    announce(f"prepare: {songs} → dataset")
+    prepared = prepare_dataset(PrepareConfig(data_dir=str(songs), output_dir=str(output / "dataset")))
+    print(prepared.render())
+
+    announce("precompute: dataset → feature cache")
+    cache = output / "cache"
+    cached = precompute(
+        PrecomputeConfig(
+            dataset_path=str(output / "dataset"),
+            checkpoint_dir=str(checkpoint),
+            output_dir=str(cache),
+            device=device,
+        )
+    )
+    print(cached.render())
+
+    announce("train: feature cache → LoRA")
+    trained = train(train_config(config, output, cache, checkpoint, device))
+    print(trained.render())
+
+    announce("generate: prompt and lyrics → music")
+    generate_config = GenerateConfig(
+        checkpoint_dir=str(checkpoint),
+        output_path=str(output / "music.wav"),
+        duration=GENERATED_SECONDS,
+        lora_path=str(trained.lora),
+        device=device,
+        seed=config.seed,
+        infer_steps=30,
+        **song_conditions(output / "dataset", cache),
+    )
+    return QuickstartSummary(
+        output=output,
+        checkpoint=checkpoint,
+        tiny=tiny,
+        prepared=prepared,
+        cached=cached,
+        trained=trained,
+        generated=generate(generate_config),
+        next_command=next_command(config, generate_config),
+        wall_seconds=time.monotonic() - started,
+    )
+
+
+def announce(text: str) -> None:
+    """Say which job begins."""
+    print(f"\n── {text}", flush=True)
+
+
+def song_folder(config: QuickstartConfig, output: Path) -> Path:
+    """The user's folder, or a new one with the demonstration songs."""
+    if config.songs is not None:
+        songs = Path(config.songs)
+        if not songs.is_dir():
+            raise InputError("no such folder", where=f"--songs {songs}", fix="give a folder of audio files")
+        return songs
+    songs = output / "songs"
+    if not songs.exists():
+        announce("demonstration songs")
+        write_demo_songs(songs, seed=config.seed)
+    return songs
+
+
+def train_config(config: QuickstartConfig, output: Path, cache: Path, checkpoint: Path, device: str) -> TrainConfig:
+    """A short run; its name follows the songs, so that other songs are another run."""
+    lora_config = output / "lora_config.json"
+    lora_config.write_text(json.dumps(DEFAULT_LORA, indent=4) + "\n", encoding="utf-8")
+    return TrainConfig(
+        dataset_path=str(cache),
+        checkpoint_dir=str(checkpoint),
+        lora_config_path=str(lora_config),
+        exp_name=f"quickstart-{CacheIndex.open(cache).fingerprint[:8]}",
+        exp_dir=str(output / "exps"),
+        logger_dir=str(output / "exps" / "logs"),
+        learning_rate=LEARNING_RATE,
+        max_steps=config.max_steps,
+        precision="bf16-mixed" if device == "cuda" else "32",
+        device=device,
+        num_workers=2,
+        every_n_train_steps=config.max_steps,
+        every_plot_step=config.max_steps,
+        plot_seconds=GENERATED_SECONDS,
+        seed=config.seed,
+    )
+
+
+def song_conditions(dataset: Path, cache: Path) -> dict[str, str]:
+    """Prompt and lyrics of the first song that is in the cache."""
+    key = CacheIndex.open(cache).keys[0]
+    row = next(row for row in open_dataset(dataset) if row["keys"] == key)
+    return {"prompt": ", ".join(row["tags"]), "lyrics": row["norm_lyrics"]}
+
+
+def next_command(config: QuickstartConfig, made: GenerateConfig) -> str:
+    """What a newcomer would type now."""
+    if config.songs is None:
+        return "make quickstart SONGS=path/to/your/songs"
+    return shlex.join(
+        [
+            "acestep-ray",
+            "generate",
+            *(f"--checkpoint_dir {made.checkpoint_dir} --lora_path {made.lora_path}").split(),
+            *("--prompt", made.prompt, "--output_path", "mine.wav"),
+        ]
+    )

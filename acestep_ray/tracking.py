@@ -1,0 +1,112 @@
+"""MLflow and TensorBoard behind one small class."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from acestep_ray.errors import InputError
+
+OFF = "none"
+
+
+@dataclass(frozen=True)
+class MLflowRun:
+    """Where a run's metrics go: the driver makes the run, the first worker writes to it."""
+
+    tracking_uri: str
+    run_id: str
+
+
+def mlflow_uri(tracking_uri: str | None, logger_dir: Path) -> str | None:
+    """The MLflow address that the settings mean; None when MLflow is off or, by default, not installed.
+
+    Raises InputError when an address is given and MLflow is not installed.
+    """
+    if tracking_uri == OFF:
+        return None
+    if importlib.util.find_spec("mlflow") is None:
+        if tracking_uri is None:
+            return None
+        raise InputError(
+            "MLflow is not installed",
+            where=f"--tracking_uri {tracking_uri}",
+            fix="pip install mlflow, or `none`",
+        )
+    return tracking_uri or f"sqlite:///{logger_dir.resolve()}/mlflow.db"
+
+
+def start_mlflow_run(uri: str, experiment: str, run_name: str, params: dict, run_id: str | None) -> MLflowRun:
+    """Make a run, or go on with `run_id`, and note its settings. Raises InputError when the server does not answer."""
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient(uri)
+        if run_id is None:
+            found = client.get_experiment_by_name(experiment)
+            experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+            run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
+            values = [mlflow.entities.Param(key, str(value)[:6000]) for key, value in params.items()]
+            client.log_batch(run_id, params=values)
+        else:
+            client.update_run(run_id, status="RUNNING")
+    except (mlflow.MlflowException, OSError) as error:
+        raise InputError(
+            f"MLflow does not take the run ({error})",
+            where=f"--tracking_uri {uri}",
+            fix="check the address, or `none`",
+        ) from None
+    return MLflowRun(uri, run_id)
+
+
+def end_mlflow_run(run: MLflowRun, status: str) -> None:
+    """Mark the run FINISHED, FAILED or KILLED."""
+    from mlflow.tracking import MlflowClient
+
+    MlflowClient(run.tracking_uri).set_terminated(run.run_id, status=status)
+
+
+class Tracker:
+    """Writes metrics by step to TensorBoard and, where there is a run, to MLflow."""
+
+    def __init__(self, log_dir: Path, run: MLflowRun | None, first_step: int = 0):
+        """`first_step` discards what an interrupted run wrote to TensorBoard beyond its last checkpoint."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(log_dir), purge_step=first_step or None)
+        self._run = run
+        if run is not None:
+            from mlflow.tracking import MlflowClient
+
+            self._client = MlflowClient(run.tracking_uri)
+
+    def log(self, metrics: dict[int, dict[str, float]]) -> None:
+        """Write metrics by name, by step."""
+        for step, values in metrics.items():
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+        if self._run is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [
+            Metric(name, value, now, step)
+            for step, values in metrics.items()
+            for name, value in values.items()
+        ]
+        for start in range(0, len(entries), 1000):  # the most that one call takes
+            self._client.log_batch(self._run.run_id, metrics=entries[start : start + 1000])
+
+    def log_audio(self, name: str, samples, sample_rate: int, step: int) -> None:
+        """Give TensorBoard a sound to play; `samples` (channels, n) in [−1, 1], mixed to mono."""
+        self._writer.add_audio(name, samples.mean(axis=0), step, sample_rate=sample_rate)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

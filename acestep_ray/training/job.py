@@ -1,0 +1,311 @@
+"""The train job: checks everything that can be checked, then hands the loop to Ray Train."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import yaml
+from ray.train import CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from acestep_ray.cache.index import CacheIndex
+from acestep_ray.cache.precompute import precompute
+from acestep_ray.config import PrecomputeConfig, TrainConfig
+from acestep_ray.data.schema import is_dataset_dir
+from acestep_ray.device import check_device_name
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.ray_runtime import connect, has_gpus
+from acestep_ray.tracking import end_mlflow_run, mlflow_uri, start_mlflow_run
+from acestep_ray.training.lora import add_lora, read_lora_config
+from acestep_ray.training.state import latest_checkpoint
+from acestep_ray.training.worker import WorkerPlace, WorkerSettings, build_plan, train_worker
+
+PRECISIONS = {"bf16-mixed": "bf16-mixed", "32": "32", "32-true": "32", "fp32": "32"}
+LIMITS = (
+    (
+        (
+            "max_steps",
+            "batch_size",
+            "accumulate_grad_batches",
+            "devices",
+            "every_n_train_steps",
+            "every_plot_step",
+        ),
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (("learning_rate", "gradient_clip_val", "shift"), lambda value: value > 0, "above 0"),
+    (
+        ("weight_decay", "ssl_coeff", "warmup_steps", "num_workers", "seed"),
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    (
+        ("text_dropout", "speaker_dropout", "lyric_dropout"),
+        lambda value: 0 <= value <= 1,
+        "a probability, 0 to 1",
+    ),
+)
+# A worker that dies is started again this often, from the last checkpoint.
+MAX_FAILURES = 3
+
+
+@dataclass
+class TrainSummary:
+    """What a run made."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    fixed_noise: dict[str, float]
+    """Fixed-noise loss by step."""
+    lora: Path
+    samples: list[Path]
+    experiment: Path
+    tracking_uri: str | None
+    wall_seconds: float
+    finished_before: bool
+    """Whether there was nothing left to do."""
+
+    def render(self) -> str:
+        """The summary as text."""
+        lines = []
+        if self.finished_before:
+            lines.append(
+                f"already finished at step {self.steps}; raise --max_steps or use another --exp_name"
+            )
+        lines.append(f"steps     {self.steps} in {self.wall_seconds:.1f} s")
+        lines.append(f"loss      {self.first_loss:.4f} → {self.last_loss:.4f} (first to last step)")
+        if len(self.fixed_noise) > 1:
+            values = list(self.fixed_noise.values())
+            lines.append(
+                f"fixed     {values[0]:.4f} → {values[-1]:.4f} (same songs, same noise, before and after)"
+            )
+        lines.append(f"LoRA      {self.lora}")
+        lines += [f"sample    {path}" for path in self.samples[-1:]]
+        if self.tracking_uri is not None:
+            lines.append(f"MLflow    mlflow ui --backend-store-uri {self.tracking_uri}")
+        return "\n".join(lines)
+
+
+def train(config: TrainConfig) -> TrainSummary:
+    """Train a LoRA, from its last checkpoint if there is one. Raises InputError before work starts."""
+    started = time.monotonic()
+    config = check_train_config(config)
+    checkpoint = CheckpointDir.open(config.checkpoint_dir)
+    check_lora_fits(config, checkpoint)
+    tracking_uri = mlflow_uri(config.tracking_uri, Path(config.logger_dir))
+
+    connect()
+    use_gpu = resolve_training_device(config)
+    config = replace(config, dataset_path=cached_dataset(config))
+    index = CacheIndex.open(config.dataset_path)
+    check_cache_fits(index, checkpoint, config)
+    total_steps = config.max_steps
+    if config.epochs > 0:
+        total_steps = min(total_steps, build_plan(index, config).steps_in_epochs(config.epochs))
+
+    experiment = Path(config.exp_dir).resolve() / config.exp_name
+    settings = WorkerSettings(
+        config=config,
+        checkpoints=experiment / "checkpoints",
+        samples=experiment / "samples",
+        log_dir=Path(config.logger_dir).resolve() / config.exp_name,
+        mlflow_run=None,
+        total_steps=total_steps,
+    )
+    done = finished_losses(settings)
+    losses = done or run_workers(prepare_experiment(experiment, settings, tracking_uri), use_gpu)
+    latest = latest_checkpoint(settings.checkpoints)
+    return TrainSummary(
+        steps=losses["step"],
+        first_loss=losses["first"],
+        last_loss=losses["last"],
+        fixed_noise=losses["fixed_noise"],
+        lora=latest / LORA_FILE,
+        samples=sorted(settings.samples.rglob("*.wav"), key=lambda path: path.stat().st_mtime),
+        experiment=experiment,
+        tracking_uri=tracking_uri,
+        wall_seconds=time.monotonic() - started,
+        finished_before=done is not None,
+    )
+
+
+def check_train_config(config: TrainConfig) -> TrainConfig:
+    """Raise InputError for values that cannot be trained with; returns the settings with one name per precision."""
+    for names, allowed, rule in LIMITS:
+        for name in names:
+            if not allowed(getattr(config, name)):
+                raise InputError(f"must be {rule}", where=f"--{name} {getattr(config, name)}")
+    if config.precision not in PRECISIONS:
+        raise InputError("unknown precision", where=f"--precision {config.precision}", fix="bf16-mixed or 32")
+    if Path(config.exp_name).name != config.exp_name or config.exp_name in (".", ".."):
+        raise InputError("not a plain name", where=f"--exp_name {config.exp_name!r}", fix="use no slashes")
+    if config.lora_config_path is None:
+        raise InputError(
+            "no LoRA configuration",
+            where="--lora_config_path",
+            fix="give lora_config.json; training all weights is not there yet",
+        )
+    check_device_name(config.device)
+    return replace(config, precision=PRECISIONS[config.precision])
+
+
+def check_lora_fits(config: TrainConfig, checkpoint: CheckpointDir) -> None:
+    """Raise InputError when the LoRA configuration names modules that the model lacks; needs no weights."""
+    lora = read_lora_config(config.lora_config_path)
+    with torch.device("meta"):
+        model = ACEStepTransformer(checkpoint.transformer_config())
+        add_lora(model, lora, where=str(config.lora_config_path))
+
+
+def resolve_training_device(config: TrainConfig) -> bool:
+    """Whether the workers take a GPU each. Raises InputError when there are too few of them."""
+    use_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus())
+    resource = "GPU" if use_gpu else "CPU"
+    available = int(ray.cluster_resources().get(resource, 0))
+    if available < config.devices:
+        raise InputError(
+            f"{config.devices} workers need a {resource} each, and there are {available}",
+            where=f"--devices {config.devices}",
+            fix="use fewer devices, or a larger cluster",
+        )
+    return use_gpu
+
+
+def cached_dataset(config: TrainConfig) -> str:
+    """The feature cache to train on: the given one, or for a dataset its own, computed as far as it is missing."""
+    if not is_dataset_dir(config.dataset_path):
+        return str(Path(config.dataset_path).resolve())
+    cache = Path(config.exp_dir).resolve() / config.exp_name / "cache"
+    print(f"{config.dataset_path} is a dataset: its features go to {cache}")
+    summary = precompute(
+        PrecomputeConfig(
+            dataset_path=config.dataset_path,
+            checkpoint_dir=config.checkpoint_dir,
+            output_dir=str(cache),
+            device=config.device,
+        )
+    )
+    print(summary.render())
+    return str(cache)
+
+
+def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: TrainConfig) -> None:
+    """Raise InputError when the cache was computed for a model of other sizes, or lacks what the losses need."""
+    model = checkpoint.transformer_config()
+    where = config.dataset_path
+    fix = "run precompute with this checkpoint"
+    if index.text_dim != model.text_embedding_dim:
+        raise InputError(
+            f"the cache's prompts have width {index.text_dim}, the model reads {model.text_embedding_dim}",
+            where=where,
+            fix=fix,
+        )
+    if config.ssl_coeff == 0:
+        return
+    wanted = dict(zip(model.ssl_names, model.ssl_latent_dims, strict=True))
+    if index.ssl_dims != wanted:
+        raise InputError(
+            f"the SSL losses need the features {wanted}, the cache has {index.ssl_dims or 'none'}",
+            where=where,
+            fix="run precompute with a checkpoint that holds mert/ and mhubert/, or train with --ssl_coeff 0",
+        )
+
+
+def finished_losses(settings: WorkerSettings) -> dict | None:
+    """The losses of a run that has done all its steps; None for one that has not."""
+    latest = latest_checkpoint(settings.checkpoints)
+    if latest is None:
+        return None
+    state = json.loads((latest / "state.json").read_text(encoding="utf-8"))
+    if state["step"] < settings.total_steps:
+        return None
+    return {"step": state["step"], **state["losses"]}
+
+
+def prepare_experiment(
+    experiment: Path, settings: WorkerSettings, tracking_uri: str | None
+) -> WorkerSettings:
+    """Make the run's folders, note its settings, and begin or continue its MLflow run."""
+    experiment.mkdir(parents=True, exist_ok=True)
+    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    values = asdict(settings.config)
+    (experiment / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    if tracking_uri is None:
+        return settings
+    noted = experiment / "mlflow.json"
+    known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    run_id = known.get("run_id") if known.get("tracking_uri") == tracking_uri else None
+    run = start_mlflow_run(tracking_uri, "acestep-ray", settings.config.exp_name, values, run_id)
+    noted.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
+    return replace(settings, mlflow_run=run)
+
+
+def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
+    """Run the loop on Ray Train's workers; returns the first worker's losses."""
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"settings": settings},
+        scaling_config=ScalingConfig(num_workers=settings.config.devices, use_gpu=use_gpu),
+        run_config=RunConfig(
+            # Ray keeps its book of checkpoints in the folder where we write them.
+            storage_path=str(settings.checkpoints.parent),
+            name=settings.checkpoints.name,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+    status = "FAILED"
+    try:
+        outcome = trainer.fit().return_value
+        if isinstance(outcome, AceStepError):
+            raise outcome
+        status = "FINISHED"
+        return outcome
+    except TrainingFailedError as error:
+        raise AceStepError(f"training failed\n{error}") from error
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if settings.mlflow_run is not None:
+            end_mlflow_run(settings.mlflow_run, status)
+
+
+def run_worker(loop_config: dict) -> dict | AceStepError:
+    """What Ray Train runs in each worker.
+
+    Our own errors come back as a value: they are found by all workers alike, and starting again would not mend them.
+    """
+    context = ray.train.get_context()
+    place = WorkerPlace(
+        rank=context.get_world_rank(),
+        workers=context.get_world_size(),
+        workers_on_node=context.get_local_world_size(),
+        device=ray.train.torch.get_device(),
+    )
+    try:
+        return train_worker(loop_config["settings"], place, report_to_ray)
+    except AceStepError as error:
+        return error
+
+
+def report_to_ray(metrics: dict[str, float], checkpoint: Path | None) -> None:
+    """Tell Ray Train of a checkpoint; all workers meet here."""
+    ray.train.report(
+        metrics,
+        checkpoint=None if checkpoint is None else ray.train.Checkpoint(str(checkpoint)),
+        # It lies where it belongs already, and was renamed into place whole.
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )

@@ -1,0 +1,117 @@
+"""Which songs make up which step: a pure function of the seed and the cache, without any state to save.
+
+The run is one endless sequence of micro-batches, epoch after epoch; every song comes once an epoch. Step n takes
+micro-batches n·M … n·M + M − 1, and worker r of R takes every R-th of those, so that a step's songs do not depend on
+how many workers share it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from acestep_ray.errors import InputError
+
+# Songs are sorted by length within windows of this many micro-batches: batches of nearly equal length, in an order that
+# is still random.
+WINDOW_BATCHES = 64
+# Songs in an ordinary micro-batch, for sizing the window under a budget of frames.
+TYPICAL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Songs that go through the model together."""
+
+    epoch: int
+    songs: tuple[int, ...]
+    """Rows of the cache index."""
+
+
+class BatchPlan:
+    """The sequence of micro-batches of a run, by count (`batch_size`) or by a budget of padded frames."""
+
+    def __init__(
+        self,
+        frames: np.ndarray,
+        *,
+        seed: int,
+        micro_batches_per_step: int,
+        batch_size: int = 1,
+        batch_frames: int | None = None,
+    ):
+        """`frames` (songs,) are the songs' latent frames. Raises InputError for a budget under the longest song."""
+        if batch_frames is not None and batch_frames < frames.max():
+            raise InputError(
+                f"a song has {frames.max()} latent frames, more than one micro-batch may hold",
+                where=f"--batch_frames {batch_frames}",
+                fix=f"give at least {frames.max()}",
+            )
+        self.frames = frames
+        self.seed = seed
+        self.micro_batches_per_step = micro_batches_per_step
+        self.batch_size = batch_size
+        self.batch_frames = batch_frames
+        # ends[e] is the number of micro-batches in epochs 0 … e; grown as far as it is asked for.
+        self._ends: list[int] = []
+        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of optimizer step `step`, counted from 0."""
+        first = step * self.micro_batches_per_step
+        return [self._micro_batch(first + i) for i in range(self.micro_batches_per_step)]
+
+    def steps_in_epochs(self, epochs: int) -> int:
+        """Steps that begin within the first `epochs` epochs."""
+        micro_batches = self._start(epochs)
+        return -(-micro_batches // self.micro_batches_per_step)
+
+    def _micro_batch(self, number: int) -> MicroBatch:
+        if self.batch_frames is None:
+            epoch, place = divmod(number, self._batches_by_count())
+        else:
+            while not self._ends or self._ends[-1] <= number:
+                self._ends.append(self._start(len(self._ends)) + len(self._epoch(len(self._ends))))
+            epoch = bisect_right(self._ends, number)
+            place = number - self._start(epoch)
+        return MicroBatch(epoch, self._epoch(epoch)[place])
+
+    def _start(self, epoch: int) -> int:
+        """The number of micro-batches before `epoch`."""
+        if self.batch_frames is None:
+            return epoch * self._batches_by_count()
+        while len(self._ends) < epoch:
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before + len(self._epoch(len(self._ends))))
+        return self._ends[epoch - 1] if epoch else 0
+
+    def _batches_by_count(self) -> int:
+        return -(-len(self.frames) // self.batch_size)
+
+    def _plan_epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(len(self.frames))
+        window = WINDOW_BATCHES * (self.batch_size if self.batch_frames is None else TYPICAL_BATCH)
+        batches: list[tuple[int, ...]] = []
+        for start in range(0, len(order), window):
+            songs = order[start : start + window]
+            batches += self._cut(songs[np.argsort(self.frames[songs], kind="stable")])
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def _cut(self, songs: np.ndarray) -> list[tuple[int, ...]]:
+        """Cut songs, sorted by length, into batches within the count or the budget."""
+        batches: list[list[int]] = [[]]
+        for song in songs.tolist():
+            if batches[-1] and self._is_full(len(batches[-1]), self.frames[song]):
+                batches.append([])
+            batches[-1].append(song)
+        return [tuple(batch) for batch in batches]
+
+    def _is_full(self, songs: int, next_frames: int) -> bool:
+        """Whether a batch of `songs` has no room for a song that is at least as long as all of them."""
+        if self.batch_frames is None:
+            return songs == self.batch_size
+        return (songs + 1) * next_frames > self.batch_frames

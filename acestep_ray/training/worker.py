@@ -1,0 +1,310 @@
+"""The training loop of one worker: plain torch, so that it runs in a test as it runs under Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from acestep_ray.cache.index import CacheIndex
+from acestep_ray.cache.reader import CacheReader
+from acestep_ray.cache.schema import CachedSong
+from acestep_ray.config import TrainConfig
+from acestep_ray.diffusion.objective import TrainingBatch, flow_matching_losses
+from acestep_ray.diffusion.schedule import training_sigmas
+from acestep_ray.errors import AceStepError
+from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.tracking import MLflowRun, Tracker
+from acestep_ray.training.batch import ConditionDropout, build_batch, draw
+from acestep_ray.training.loader import read_ahead
+from acestep_ray.training.lora import add_lora, read_lora_config
+from acestep_ray.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from acestep_ray.training.sampler import BatchPlan, MicroBatch
+from acestep_ray.training.samples import write_sample
+from acestep_ray.training.state import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    trainable_parameters,
+)
+from acestep_ray.training.validation import SONGS, fixed_noise_loss
+
+# Metrics stay on the device until this many steps are together: reading one waits for the GPU.
+LOG_EVERY = 10
+PROGRESS_SECONDS = 5.0
+
+
+@dataclass
+class WorkerSettings:
+    """What the driver hands to every worker."""
+
+    config: TrainConfig
+    checkpoints: Path
+    samples: Path
+    log_dir: Path
+    mlflow_run: MLflowRun | None
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Which of the run's workers this is."""
+
+    rank: int
+    workers: int
+    workers_on_node: int
+    device: torch.device
+
+
+Report = Callable[[dict[str, float], "Path | None"], None]
+"""Takes the metrics of a checkpoint, and on the first worker its path; every worker calls it as often."""
+
+
+class TrainingDivergedError(AceStepError):
+    """The loss is not a number any more."""
+
+
+def train_worker(settings: WorkerSettings, place: WorkerPlace, report: Report) -> dict:
+    """Train from the latest checkpoint to the last step; returns the run's losses, and its step."""
+    trainer = Trainer(settings, place, report)
+    state = trainer.resume()
+    trainer.before_first_step(state)
+    for step, batches in enumerate(trainer.batches(state.step), start=state.step):
+        trainer.train_step(step, batches)
+        state.step = step + 1
+        trainer.after_step(state)
+    trainer.close()
+    return {"step": state.step, **state.losses}
+
+
+class Trainer:
+    """One worker's model, optimizer and place in the plan."""
+
+    def __init__(self, settings: WorkerSettings, place: WorkerPlace, report: Report):
+        self.settings = settings
+        self.config = config = settings.config
+        self.rank, self.workers, self.device = place.rank, place.workers, place.device
+        self.report = report
+        if self.device.type == "cpu":
+            # Ray sets one thread for a worker of one CPU; on a machine without GPUs the workers share all cores.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.workers_on_node))
+
+        index = CacheIndex.open(config.dataset_path)
+        self.reader = CacheReader(index)
+        self.plan = build_plan(index, config)
+        self.ssl_stride = index.ssl_frame_stride
+        self.sigmas = training_sigmas(config.shift)
+        self.dropout = ConditionDropout(config.text_dropout, config.speaker_dropout, config.lyric_dropout)
+
+        self.transformer = build_transformer(config, self.device)
+        self.model = wrap_for_workers(self.transformer, place)
+        self.trained = list(trainable_parameters(self.transformer).values())
+        self.optimizer = build_optimizer(self.trained, config.weight_decay)
+
+        self.tracker: Tracker | None = None
+        self.unlogged: dict[int, dict[str, Tensor | float]] = {}
+        self.progress = Progress(settings.total_steps)
+
+    def resume(self) -> TrainingState:
+        """Load the latest checkpoint of this experiment, if there is one."""
+        checkpoint = latest_checkpoint(self.settings.checkpoints)
+        state = TrainingState(step=0, losses={"fixed_noise": {}})
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.transformer, self.optimizer)
+        if self.rank == 0:
+            self.tracker = Tracker(self.settings.log_dir, self.settings.mlflow_run, first_step=state.step)
+        self.progress.start(state.step)
+        return state
+
+    def before_first_step(self, state: TrainingState) -> None:
+        """Measure the fixed-noise loss of the untrained model, to compare with later."""
+        if self.rank == 0 and state.step == 0:
+            self.validate(state)
+
+    def batches(self, first_step: int) -> Iterator[list[TrainingBatch]]:
+        """This worker's micro-batches of every step from `first_step` on, read ahead of the model."""
+        steps = range(first_step, self.settings.total_steps)
+        mine = (item for step in steps for item in self.plan.step(step)[self.rank :: self.workers])
+        loaded = read_ahead(mine, self.load, self.config.num_workers)
+        for _ in steps:
+            yield [next(loaded) for _ in range(self.config.accumulate_grad_batches)]
+
+    def load(self, item: MicroBatch) -> TrainingBatch:
+        """Read one micro-batch and make its draws."""
+        songs = [self.reader.read(row) for row in item.songs]
+        draws = [draw(s, self.sigmas, self.dropout, seed=self.config.seed, epoch=item.epoch) for s in songs]
+        with_ssl = self.config.ssl_coeff > 0
+        batch = build_batch(songs, draws, ssl_stride=self.ssl_stride, with_ssl=with_ssl)
+        return batch.pin() if self.device.type == "cuda" else batch
+
+    def train_step(self, step: int, batches: list[TrainingBatch]) -> None:
+        """One optimizer step over this worker's micro-batches of the step."""
+        songs_in_step = sum(len(item.songs) for item in self.plan.step(step))
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with self.sync_gradients(last), self.autocast():
+                losses = flow_matching_losses(self.model, batch.to(self.device))
+                total = losses.total(self.config.ssl_coeff)
+                # A mean over all songs of the step, whoever holds them; DDP divides by the number of workers.
+                (total.sum() * (self.workers / songs_in_step)).backward()
+            parts = {"loss": total, "loss/denoising": losses.denoising}
+            parts.update({f"loss/{name}": values for name, values in losses.ssl.items()})
+            for name, values in parts.items():
+                sums[name] = sums.get(name, 0.0) + values.detach().sum()
+        norm = clip_gradients(self.trained, self.config.gradient_clip_val)
+        rate = learning_rate_at(
+            step,
+            peak=self.config.learning_rate,
+            warmup_steps=self.config.warmup_steps,
+            max_steps=self.settings.total_steps,
+        )
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        means = torch.stack(list(sums.values())) / songs_in_step
+        if self.workers > 1:
+            torch.distributed.all_reduce(means)
+        self.unlogged[step] = {
+            **dict(zip(sums, means, strict=True)),
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "epoch": float(self.plan.step(step)[0].epoch),
+        }
+
+    def after_step(self, state: TrainingState) -> None:
+        """Log, validate and save, each at its own pace."""
+        last = state.step == self.settings.total_steps
+        plot = last or state.step % self.config.every_plot_step == 0
+        save = last or state.step % self.config.every_n_train_steps == 0
+        if plot or save or len(self.unlogged) >= LOG_EVERY:
+            self.flush_metrics(state)
+        if plot and self.rank == 0:
+            self.validate(state)
+            self.write_sample(state)
+        if save:
+            self.save(state)
+
+    def flush_metrics(self, state: TrainingState) -> None:
+        """Bring the metrics of the last steps from the device to the trackers, and check that they are numbers."""
+        metrics = {
+            step: {name: float(value) for name, value in values.items()}
+            for step, values in self.unlogged.items()
+        }
+        self.unlogged = {}
+        for step, values in metrics.items():
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(
+                    f"the loss of step {step} is {values['loss']}: lower --learning_rate"
+                )
+            state.losses.setdefault("first", values["loss"])
+            state.losses["last"] = values["loss"]
+        if self.tracker is not None:
+            self.tracker.log(metrics)
+            self.progress.show(state.step, state.losses["last"])
+
+    def validate(self, state: TrainingState) -> None:
+        """Measure and log the fixed-noise loss."""
+        with self.autocast():
+            loss = fixed_noise_loss(self.transformer, self.validation_songs(), self.sigmas, self.device)
+        state.losses["fixed_noise"][str(state.step)] = loss
+        self.tracker.log({state.step: {"loss/fixed_noise": loss}})
+
+    def validation_songs(self) -> list[CachedSong]:
+        """The first songs of the cache."""
+        return [self.reader.read(row) for row in range(min(SONGS, len(self.reader)))]
+
+    def write_sample(self, state: TrainingState) -> None:
+        """Generate the first song's prompt and lyrics with the model as it is."""
+        directory = self.settings.samples / f"step={state.step}"
+        song = self.reader.read(0)
+        with self.autocast():
+            waveform = write_sample(directory, self.transformer, song, self.config, self.device)
+        self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
+
+    def save(self, state: TrainingState) -> None:
+        """Write a checkpoint and report it."""
+        path = None
+        if self.rank == 0:
+            path = save_checkpoint(self.settings.checkpoints, self.transformer, self.optimizer, state)
+        metrics = {"step": state.step, "loss": state.losses["last"]}
+        if state.losses["fixed_noise"]:
+            metrics["fixed_noise_loss"] = list(state.losses["fixed_noise"].values())[-1]
+        self.report(metrics, path)
+
+    def close(self) -> None:
+        """Write what the trackers hold."""
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision, where it was asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")
+
+    def sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients travel between workers once a step, with the last micro-batch."""
+        if self.workers > 1 and not last:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+
+def build_plan(index: CacheIndex, config: TrainConfig) -> BatchPlan:
+    """The run's micro-batches."""
+    return BatchPlan(
+        index.latent_frames,
+        seed=config.seed,
+        micro_batches_per_step=config.accumulate_grad_batches * config.devices,
+        batch_size=config.batch_size,
+        batch_frames=config.batch_frames,
+    )
+
+
+def build_transformer(config: TrainConfig, device: torch.device) -> ACEStepTransformer:
+    """The base model with its LoRA, on `device`; the same on every worker."""
+    transformer = CheckpointDir.open(config.checkpoint_dir).load_transformer(device=device)
+    torch.manual_seed(config.seed)  # LoRA's first matrices are random
+    add_lora(transformer, read_lora_config(config.lora_config_path), where=str(config.lora_config_path))
+    transformer.activation_checkpointing = config.activation_checkpointing
+    return transformer
+
+
+def wrap_for_workers(transformer: ACEStepTransformer, place: WorkerPlace) -> nn.Module:
+    """Data-parallel training where there is more than one worker; the process group is there already."""
+    if place.workers == 1:
+        return transformer
+    devices = [place.device] if place.device.type == "cuda" else None
+    return DistributedDataParallel(transformer, device_ids=devices)
+
+
+class Progress:
+    """Tells how far the run is, now and then."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.first = 0
+        self.started = self.shown = 0.0
+
+    def start(self, step: int) -> None:
+        """Count from `step` and now."""
+        self.first, self.started = step, time.monotonic()
+
+    def show(self, step: int, loss: float) -> None:
+        """Print a line, if the last one is some seconds old or this is the end."""
+        now = time.monotonic()
+        if step < self.total and now - self.shown < PROGRESS_SECONDS:
+            return
+        self.shown = now
+        rate = (step - self.first) / max(now - self.started, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / rate)) if rate else "?"
+        print(f"step {step}/{self.total} · loss {loss:.4f} · {rate:.2f} steps/s · {left} left", flush=True)
