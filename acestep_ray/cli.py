@@ -99,10 +99,8 @@ def build_parser() -> ArgumentParser:
 
 
 def new_parser(name: str, description: str) -> ArgumentParser:
-    """A job's parser: settings come from `--config FILE`, the environment and flags, the later winning."""
-    parser = ArgumentParser(
-        prog=f"acestep-ray {name}", description=description, default_env=True, env_prefix="ACESTEP"
-    )
+    """A job's parser: settings come from the environment, `--config FILE` and flags, the later winning."""
+    parser = ArgumentParser(usage=f"acestep-ray {name} [--flag VALUE ...]", description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     return parser
 
