@@ -83,7 +83,10 @@ def build_parser() -> ArgumentParser:
     """The parser of the whole command."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog="acestep-ray", description="Training for the ACE-Step v1 music model, on Ray."
+        prog="acestep-ray",
+        description="Training for the ACE-Step v1 music model, on Ray.",
+        default_env=True,
+        env_prefix="ACESTEP",  # ACESTEP_TRAIN__LEARNING_RATE
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subcommands(required=True, dest="command")
