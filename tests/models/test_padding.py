@@ -139,3 +139,13 @@ def test_recomputed_activations_give_the_same_gradients(model):
         model.activation_checkpointing = False
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_encoded_lyrics_are_the_same_alone_and_padded(model, seed):
+    ids = random_song(0)["lyric_ids"][None]
+    seeds = None if seed is None else torch.tensor([seed])
+    alone = model.encode_lyrics(ids, torch.ones_like(ids), seeds)
+    padded_ids, mask = (torch.nn.functional.pad(x, (0, 6)) for x in (ids, torch.ones_like(ids)))
+    padded = model.encode_lyrics(padded_ids, mask, seeds)[:, : ids.shape[1]]
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)

@@ -41,12 +41,14 @@ def test_a_step_is_the_same_whatever_was_asked_before(how):
         assert plan(**how).step(step) == expected[step]
 
 
-def test_epochs_and_seeds_differ():
-    a_plan = plan(**BY_COUNT)
-    per_epoch = a_plan.steps_in_epochs(1)
-    first, second = a_plan.step(0), a_plan.step(per_epoch)
-    assert [b.songs for b in first] != [b.songs for b in second]
-    assert plan(seed=2, **BY_COUNT).step(0) != first
+@pytest.mark.parametrize("how", [BY_COUNT, BY_FRAMES])
+def test_epochs_and_seeds_differ(how):
+    def epoch(a_plan, number):
+        return [b.songs for b in stream(a_plan, a_plan.steps_in_epochs(2)) if b.epoch == number]
+
+    first = epoch(plan(**how), 0)
+    assert epoch(plan(**how), 1) != first
+    assert epoch(plan(seed=2, **how), 0) != first
 
 
 @pytest.mark.parametrize("how", [BY_COUNT, BY_FRAMES])
