@@ -4,20 +4,91 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import threading
+from collections.abc import Callable
 
 import ray
 
+from acestep_ray.errors import InputError
+
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS or `ray job submit` names, else start one here; nothing when already joined."""
+    """Join the cluster of $RAY_ADDRESS, which `ray job submit` sets, else start one here; joined already, do nothing.
+
+    A cluster that happens to run on this machine is not joined unasked: it may be another job's, and end with it.
+    Raises InputError when the cluster of $RAY_ADDRESS does not answer.
+    """
     if ray.is_initialized():
         return
-    # Warnings of Ray about itself are noise to a user; what goes wrong is raised.
-    ray.init(
-        logging_level=logging.ERROR, include_dashboard=False if "RAY_ADDRESS" not in os.environ else None
-    )
+    # Ray's warnings about itself are noise to a user; what goes wrong is raised.
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise InputError(
+                "no Ray cluster answers",
+                where=f"{address} (from $RAY_ADDRESS)",
+                fix="start it, or unset $RAY_ADDRESS",
+            ) from error
+        return
+    # Ray would write a token to the home directory, where every later `ray start` would find it and ask for it.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(address="local", include_dashboard=False, **quiet)
 
 
 def has_gpus() -> bool:
     """Whether the joined cluster has GPUs."""
     return ray.cluster_resources().get("GPU", 0) > 0
+
+
+class _Lines:
+    """An actor that holds lines until the driver takes them."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def put(self, line: str) -> None:
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
+
+
+class Console:
+    """Lines from workers to the driver's terminal, without the rest of their output.
+
+    Workers call `say`; the driver prints what was said while it is inside `with console`.
+    """
+
+    INTERVAL_SECONDS = 0.5
+
+    def __init__(self):
+        self._lines = ray.remote(num_cpus=0)(_Lines).remote()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._print_until_ended, daemon=True)
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """Takes a line; can be sent to a worker."""
+        lines = self._lines
+        return lambda line: ray.get(lines.put.remote(line))
+
+    def __enter__(self) -> Console:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _print_until_ended(self) -> None:
+        ended = False
+        while not ended:
+            # Looked at before the lines are taken: what was said before the end is printed.
+            ended = self._ended.wait(self.INTERVAL_SECONDS)
+            for line in ray.get(self._lines.take.remote()):
+                print(line, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ def start_mlflow_run(uri: str, experiment: str, run_name: str, params: dict, run
     import mlflow
     from mlflow.tracking import MlflowClient
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it creates
     try:
         client = MlflowClient(uri)
         if run_id is None:

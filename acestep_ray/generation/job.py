@@ -60,7 +60,7 @@ def generate(config: GenerateConfig) -> GenerateSummary:
     with torch.autocast(device.type, precision, enabled=precision is torch.bfloat16):
         waveform = render(
             transformer.eval(),
-            checkpoint.load_codec().to(device),
+            checkpoint.load_codec(device),
             condition,
             frames=frames,
             seed=config.seed,
@@ -110,8 +110,8 @@ def encode_condition(
     )
     tags = [config.prompt] if config.prompt.strip() else []
     prompt = prompt_variants(tags, {}, key="", shuffles=1, seed=0)[0].text
-    text, text_mask = checkpoint.load_text_encoder().to(device).encode([prompt])
-    width = checkpoint.transformer_config().speaker_embedding_dim
+    text, text_mask = checkpoint.load_text_encoder(device).encode([prompt])
+    width = checkpoint.transformer_config.speaker_embedding_dim
     speaker = torch.zeros(width)
     if config.speaker_emb_path is not None:
         try:

@@ -25,7 +25,7 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.export.lora import LORA_FILE
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
-from acestep_ray.ray_runtime import connect, has_gpus
+from acestep_ray.ray_runtime import Console, connect, has_gpus
 from acestep_ray.tracking import end_mlflow_run, mlflow_uri, start_mlflow_run
 from acestep_ray.training.lora import add_lora, read_lora_config
 from acestep_ray.training.state import latest_checkpoint
@@ -104,7 +104,8 @@ def train(config: TrainConfig) -> TrainSummary:
     started = time.monotonic()
     config = check_train_config(config)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
-    check_lora_fits(config, checkpoint)
+    lora = read_lora_config(config.lora_config_path)
+    check_lora_fits(lora, checkpoint, config.lora_config_path)
     tracking_uri = mlflow_uri(config.tracking_uri, Path(config.logger_dir))
 
     connect()
@@ -119,6 +120,7 @@ def train(config: TrainConfig) -> TrainSummary:
     experiment = Path(config.exp_dir).resolve() / config.exp_name
     settings = WorkerSettings(
         config=config,
+        lora=lora,
         checkpoints=experiment / "checkpoints",
         samples=experiment / "samples",
         log_dir=Path(config.logger_dir).resolve() / config.exp_name,
@@ -159,15 +161,18 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
             fix="give lora_config.json; training all weights is not there yet",
         )
     check_device_name(config.device)
-    return replace(config, precision=PRECISIONS[config.precision])
+    return replace(
+        config,
+        precision=PRECISIONS[config.precision],
+        # Workers have a working directory of their own.
+        checkpoint_dir=str(Path(config.checkpoint_dir).resolve()),
+    )
 
 
-def check_lora_fits(config: TrainConfig, checkpoint: CheckpointDir) -> None:
+def check_lora_fits(lora: dict, checkpoint: CheckpointDir, where: str) -> None:
     """Raise InputError when the LoRA configuration names modules that the model lacks; needs no weights."""
-    lora = read_lora_config(config.lora_config_path)
     with torch.device("meta"):
-        model = ACEStepTransformer(checkpoint.transformer_config())
-        add_lora(model, lora, where=str(config.lora_config_path))
+        add_lora(ACEStepTransformer(checkpoint.transformer_config), lora, where)
 
 
 def resolve_training_device(config: TrainConfig) -> bool:
@@ -204,7 +209,7 @@ def cached_dataset(config: TrainConfig) -> str:
 
 def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: TrainConfig) -> None:
     """Raise InputError when the cache was computed for a model of other sizes, or lacks what the losses need."""
-    model = checkpoint.transformer_config()
+    model = checkpoint.transformer_config
     where = config.dataset_path
     fix = "run precompute with this checkpoint"
     if index.text_dim != model.text_embedding_dim:
@@ -255,9 +260,10 @@ def prepare_experiment(
 
 def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     """Run the loop on Ray Train's workers; returns the first worker's losses."""
+    console = Console()
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={"settings": settings},
+        train_loop_config={"settings": settings, "say": console.say},
         scaling_config=ScalingConfig(num_workers=settings.config.devices, use_gpu=use_gpu),
         run_config=RunConfig(
             # Ray keeps its book of checkpoints in the folder where we write them.
@@ -268,7 +274,8 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     )
     status = "FAILED"
     try:
-        outcome = trainer.fit().return_value
+        with console:
+            outcome = trainer.fit().return_value
         if isinstance(outcome, AceStepError):
             raise outcome
         status = "FINISHED"
@@ -296,7 +303,7 @@ def run_worker(loop_config: dict) -> dict | AceStepError:
         device=ray.train.torch.get_device(),
     )
     try:
-        return train_worker(loop_config["settings"], place, report_to_ray)
+        return train_worker(loop_config["settings"], place, report_to_ray, loop_config["say"])
     except AceStepError as error:
         return error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -30,13 +31,11 @@ DEFAULT_LORA = {
 }
 
 
-def read_lora_config(path: str | Path | None) -> peft.LoraConfig:
-    """Read a `lora_config.json`, any field of PEFT's `LoraConfig`; None gives the original's default.
+def read_lora_config(path: str | Path) -> dict:
+    """Read a `lora_config.json`: any fields of PEFT's `LoraConfig`, over the original's default.
 
     Raises InputError for a file that is missing, is not JSON, or has fields or values that LoRA does not know.
     """
-    if path is None:
-        return peft.LoraConfig(**DEFAULT_LORA)
     path = Path(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -66,16 +65,19 @@ def read_lora_config(path: str | Path | None) -> peft.LoraConfig:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"`r` is {rank!r}; a rank is a whole number from 1", where=str(path))
     try:
-        return peft.LoraConfig(**values)
+        peft.LoraConfig(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"PEFT refuses the LoRA configuration ({error})", where=str(path)) from None
+    return values
 
 
-def add_lora(model: nn.Module, config: peft.LoraConfig, where: str = "target_modules") -> list[str]:
+def add_lora(model: nn.Module, lora: Mapping, where: str = "target_modules") -> list[str]:
     """Inject LoRA layers into `model`, freeze everything else, and return the names of what is trained.
 
-    Raises InputError naming every target that no module of the model matches; the model is then unchanged.
+    `lora` holds the fields of PEFT's `LoraConfig`. Raises InputError naming every target that no module of the model
+    matches; the model is then unchanged.
     """
+    config = peft.LoraConfig(**lora)
     _check_targets(model, config, where)
     model.requires_grad_(False)
     try:

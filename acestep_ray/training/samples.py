@@ -39,7 +39,7 @@ def write_sample(
         "lyric_mask": torch.full((1, len(song.lyric_ids)), song.has_lyrics),
     }
     # The codec is needed for seconds in hours of training: it is loaded for a sample and let go.
-    codec = CheckpointDir.open(config.checkpoint_dir).load_codec().to(device)
+    codec = CheckpointDir.open(config.checkpoint_dir).load_codec(device)
     waveform = render(
         transformer,
         codec,

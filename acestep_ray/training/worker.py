@@ -27,7 +27,7 @@ from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, draw
 from acestep_ray.training.loader import read_ahead
-from acestep_ray.training.lora import add_lora, read_lora_config
+from acestep_ray.training.lora import add_lora
 from acestep_ray.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
 from acestep_ray.training.samples import write_sample
@@ -50,6 +50,8 @@ class WorkerSettings:
     """What the driver hands to every worker."""
 
     config: TrainConfig
+    lora: dict
+    """Fields of PEFT's `LoraConfig`."""
     checkpoints: Path
     samples: Path
     log_dir: Path
@@ -69,15 +71,17 @@ class WorkerPlace:
 
 Report = Callable[[dict[str, float], "Path | None"], None]
 """Takes the metrics of a checkpoint, and on the first worker its path; every worker calls it as often."""
+Say = Callable[[str], None]
+"""Takes a line for the user."""
 
 
 class TrainingDivergedError(AceStepError):
     """The loss is not a number any more."""
 
 
-def train_worker(settings: WorkerSettings, place: WorkerPlace, report: Report) -> dict:
+def train_worker(settings: WorkerSettings, place: WorkerPlace, report: Report, say: Say = print) -> dict:
     """Train from the latest checkpoint to the last step; returns the run's losses, and its step."""
-    trainer = Trainer(settings, place, report)
+    trainer = Trainer(settings, place, report, say)
     state = trainer.resume()
     trainer.before_first_step(state)
     for step, batches in enumerate(trainer.batches(state.step), start=state.step):
@@ -91,7 +95,7 @@ def train_worker(settings: WorkerSettings, place: WorkerPlace, report: Report) -
 class Trainer:
     """One worker's model, optimizer and place in the plan."""
 
-    def __init__(self, settings: WorkerSettings, place: WorkerPlace, report: Report):
+    def __init__(self, settings: WorkerSettings, place: WorkerPlace, report: Report, say: Say):
         self.settings = settings
         self.config = config = settings.config
         self.rank, self.workers, self.device = place.rank, place.workers, place.device
@@ -107,14 +111,14 @@ class Trainer:
         self.sigmas = training_sigmas(config.shift)
         self.dropout = ConditionDropout(config.text_dropout, config.speaker_dropout, config.lyric_dropout)
 
-        self.transformer = build_transformer(config, self.device)
+        self.transformer = build_transformer(settings, self.device)
         self.model = wrap_for_workers(self.transformer, place)
         self.trained = list(trainable_parameters(self.transformer).values())
         self.optimizer = build_optimizer(self.trained, config.weight_decay)
 
         self.tracker: Tracker | None = None
         self.unlogged: dict[int, dict[str, Tensor | float]] = {}
-        self.progress = Progress(settings.total_steps)
+        self.progress = Progress(settings.total_steps, say)
 
     def resume(self) -> TrainingState:
         """Load the latest checkpoint of this experiment, if there is one."""
@@ -270,12 +274,12 @@ def build_plan(index: CacheIndex, config: TrainConfig) -> BatchPlan:
     )
 
 
-def build_transformer(config: TrainConfig, device: torch.device) -> ACEStepTransformer:
+def build_transformer(settings: WorkerSettings, device: torch.device) -> ACEStepTransformer:
     """The base model with its LoRA, on `device`; the same on every worker."""
-    transformer = CheckpointDir.open(config.checkpoint_dir).load_transformer(device=device)
-    torch.manual_seed(config.seed)  # LoRA's first matrices are random
-    add_lora(transformer, read_lora_config(config.lora_config_path), where=str(config.lora_config_path))
-    transformer.activation_checkpointing = config.activation_checkpointing
+    transformer = CheckpointDir.open(settings.config.checkpoint_dir).load_transformer(device=device)
+    torch.manual_seed(settings.config.seed)  # LoRA's first matrices are random
+    add_lora(transformer, settings.lora)
+    transformer.activation_checkpointing = settings.config.activation_checkpointing
     return transformer
 
 
@@ -290,8 +294,9 @@ def wrap_for_workers(transformer: ACEStepTransformer, place: WorkerPlace) -> nn.
 class Progress:
     """Tells how far the run is, now and then."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, say: Say):
         self.total = total
+        self.say = say
         self.first = 0
         self.started = self.shown = 0.0
 
@@ -300,11 +305,11 @@ class Progress:
         self.first, self.started = step, time.monotonic()
 
     def show(self, step: int, loss: float) -> None:
-        """Print a line, if the last one is some seconds old or this is the end."""
+        """Say a line, if the last one is some seconds old or this is the end."""
         now = time.monotonic()
         if step < self.total and now - self.shown < PROGRESS_SECONDS:
             return
         self.shown = now
         rate = (step - self.first) / max(now - self.started, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / rate)) if rate else "?"
-        print(f"step {step}/{self.total} · loss {loss:.4f} · {rate:.2f} steps/s · {left} left", flush=True)
+        self.say(f"step {step}/{self.total} · loss {loss:.4f} · {rate:.2f} steps/s · {left} left")

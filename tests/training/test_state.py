@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 
@@ -26,7 +25,7 @@ from tests.models.test_padding import CONFIG, pad, random_song
 def new_run(rank=4):
     torch.manual_seed(0)
     model = ACEStepTransformer(CONFIG)
-    add_lora(model, peft.LoraConfig(r=rank, target_modules=["to_q", "to_v"]))
+    add_lora(model, {"r": rank, "target_modules": ["to_q", "to_v"]})
     optimizer = build_optimizer(trainable_parameters(model).values(), weight_decay=0.01)
     set_learning_rate(optimizer, 1e-2)
     return model, optimizer

@@ -1,0 +1,258 @@
+"""The dataset: its columns, how it is opened, and the reasons for which a song is rejected."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Features, List, Value
+
+from acestep_ray.errors import InputError
+
+REQUIRED_COLUMNS = ("keys", "filename")
+
+# An Arrow struct cannot be without fields; a dataset without any recaption gets this one, always null.
+FALLBACK_RECAPTION = "simplified"
+
+# Files of `datasets.save_to_disk`: the one of a DatasetDict, and the one of a Dataset.
+_SPLIT_LISTING = "dataset_dict.json"
+_STATE = "state.json"
+
+_LISTED = 5
+
+
+class RejectReason(str, Enum):
+    """Why a song cannot be used. The value is what the feature cache stores.
+
+    `meaning` is the reason in one sentence; `stage` is the stage that finds it: decode, text or encode.
+    """
+
+    stage: str
+    meaning: str
+
+    MISSING = "missing", "decode", "the audio file does not exist"
+    UNREADABLE = "unreadable", "decode", "the audio file may not be read, or reading it failed"
+    EMPTY = "empty", "decode", "the audio file holds no audio"
+    UNSUPPORTED = "unsupported", "decode", "the file is no audio, or audio of a kind that is not read"
+    CORRUPT = "corrupt", "decode", "the audio is damaged or cut off"
+    SILENT = "silent", "decode", "the audio is mostly silence"
+    BAD_PATH = "bad_path", "decode", "the file name is empty, malformed or leaves the dataset directory"
+    BAD_LYRICS = "bad_lyrics", "text", "the lyrics cannot be turned into tokens"
+    BAD_SPEAKER = "bad_speaker", "text", "the speaker embedding is missing, malformed or of a wrong size"
+    ENCODER = "encoder", "encode", "a model failed on the song or gave values that are not finite"
+
+    def __new__(cls, value: str, stage: str, meaning: str) -> RejectReason:
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.stage = stage
+        member.meaning = meaning
+        return member
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def dataset_features(recaption_names: Iterable[str] = (), *, language: bool = False) -> Features:
+    """Columns of a dataset. `recaption` is a struct with one nullable string for every name in use.
+
+    A row reads as a plain dict, with None for the recaptions it lacks, as in a dataset made with
+    `Dataset.from_list`. Without any name the struct has the single field `simplified`.
+    """
+    names = sorted(set(recaption_names)) or [FALLBACK_RECAPTION]
+    columns: dict[str, Any] = {
+        "keys": Value("string"),
+        "filename": Value("string"),
+        "tags": List(Value("string")),
+        "norm_lyrics": Value("string"),
+        "speaker_emb_path": Value("string"),
+        "recaption": {name: Value("string") for name in names},
+    }
+    if language:
+        columns["language"] = Value("string")
+    return Features(columns)
+
+
+def row_tags(row: Mapping[str, Any]) -> list[str]:
+    """Tags of a row, stripped and without empty ones; a string is split at its commas."""
+    tags = row.get("tags") or []
+    if isinstance(tags, str):
+        tags = tags.split(",")
+    return [tag.strip() for tag in tags if tag and tag.strip()]
+
+
+def row_recaption(row: Mapping[str, Any]) -> dict[str, str]:
+    """Recaptions of a row by name; those that are None or blank are dropped."""
+    recaption = row.get("recaption") or {}
+    return {name: text.strip() for name, text in recaption.items() if text and text.strip()}
+
+
+def row_text(row: Mapping[str, Any], column: str) -> str:
+    """A text column of a row (`norm_lyrics`, `speaker_emb_path`, `language`); "" where it is absent or null."""
+    return row.get(column) or ""
+
+
+def open_dataset(path: str | os.PathLike[str], split: str = "train") -> datasets.Dataset:
+    """One split of a dataset directory, checked: columns and their types, keys unique, no empty file name.
+
+    A directory that holds a single dataset has the split `train` alone.
+
+    Raises InputError for every mistake.
+    """
+    where = str(path)
+    dataset = _load_split(Path(path), split).with_format(None)
+    if len(dataset) == 0:
+        raise _no_rows(where)
+    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
+    if missing:
+        raise InputError(
+            f"the dataset lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}",
+            where=where,
+            fix=f"required are {' and '.join(REQUIRED_COLUMNS)}; it has {', '.join(dataset.column_names)}",
+        )
+    _check_types(dataset.features.arrow_schema, where)
+    for name in REQUIRED_COLUMNS:
+        _check_filled(name, dataset[name][:], where)
+    _check_unique(dataset["keys"][:], where)
+    return dataset
+
+
+def is_dataset_dir(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a Hugging Face dataset, single or with splits; its content is not checked."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in (_SPLIT_LISTING, _STATE))
+
+
+def resolve_audio_path(dataset_dir: str | os.PathLike[str], filename: str) -> Path:
+    """Absolute path of a file that a row names: relative to the dataset directory, or absolute already.
+
+    Raises InputError if the name is empty or malformed, or if `..` leads out of the directory.
+    """
+    if not filename.strip() or "\0" in filename:
+        raise InputError("a file name is empty or malformed", where=repr(filename))
+    if os.path.isabs(filename):
+        return Path(filename)
+    root = os.path.abspath(dataset_dir)
+    resolved = os.path.normpath(os.path.join(root, filename))
+    if os.path.commonpath([root, resolved]) != root:
+        raise InputError(
+            "a file name leaves the dataset directory",
+            where=filename,
+            fix=f"keep the file inside {root}, or give its absolute path",
+        )
+    return Path(resolved)
+
+
+def _no_rows(where: str) -> InputError:
+    return InputError("the dataset has no rows", where=where, fix="prepare it from at least one song")
+
+
+def _load_split(directory: Path, split: str) -> datasets.Dataset:
+    where = str(directory)
+    if not os.path.isdir(directory):
+        what = "is not a directory" if os.path.exists(directory) else "does not exist"
+        raise InputError(
+            f"the dataset {what}", where=where, fix="give the directory that `acestep-ray prepare` wrote"
+        )
+    try:
+        splits = _split_directories(directory)
+        if split not in splits:
+            raise InputError(
+                f"the dataset has no split {split!r}",
+                where=where,
+                fix=f"it has: {', '.join(splits) or 'none'}",
+            )
+        state = json.loads((splits[split] / _STATE).read_text(encoding="utf-8"))
+        if not state["_data_files"]:  # `datasets` writes this for a dataset without rows, and cannot load it
+            raise _no_rows(where)
+        return datasets.load_from_disk(str(splits[split]))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the dataset is incomplete, a file is missing ({error})",
+            where=where,
+            fix="write it again with `acestep-ray prepare`",
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise InputError(
+            f"the dataset is damaged and cannot be read ({type(error).__name__}: {error})",
+            where=where,
+            fix="write it again with `acestep-ray prepare`",
+        ) from None
+
+
+def _split_directories(directory: Path) -> dict[str, Path]:
+    """Where each split lies: a DatasetDict lists them in `dataset_dict.json`, a Dataset has `state.json`."""
+    listing = directory / _SPLIT_LISTING
+    if listing.is_file():
+        names = json.loads(listing.read_text(encoding="utf-8"))["splits"]
+        return {name: directory / name for name in names}
+    if (directory / _STATE).is_file():
+        return {"train": directory}
+    if (directory / "manifest.json").is_file() and (directory / "samples").is_dir():
+        fix = "this is a feature cache; give the dataset that it was computed from"
+    else:
+        fix = "make a dataset of your songs with `acestep-ray prepare`, and give its output directory"
+    raise InputError("the directory holds no Hugging Face dataset", where=str(directory), fix=fix)
+
+
+def _check_types(schema: pa.Schema, where: str) -> None:
+    for field in schema:
+        expected = None
+        if field.name in REQUIRED_COLUMNS and not _is_text(field.type):
+            expected = "text"
+        elif field.name in ("norm_lyrics", "speaker_emb_path", "language"):
+            if not (_is_text(field.type) or pa.types.is_null(field.type)):
+                expected = "text"
+        elif field.name == "tags" and not _is_tags(field.type):
+            expected = "a list of texts"
+        elif field.name == "recaption" and not _is_recaption(field.type):
+            expected = "a dict of texts"
+        if expected is not None:
+            raise InputError(f"the column {field.name} holds {field.type}, not {expected}", where=where)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_tags(kind: pa.DataType) -> bool:
+    # A column whose every value is empty has the null type.
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return _is_text(kind) or pa.types.is_null(kind)
+
+
+def _is_recaption(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return all(_is_text(field.type) or pa.types.is_null(field.type) for field in kind)
+    return pa.types.is_null(kind)
+
+
+def _check_filled(column: str, values: list[str | None], where: str) -> None:
+    rows = [str(row) for row, value in enumerate(values) if value is None or not value.strip()]
+    if rows:
+        raise InputError(
+            f"{len(rows)} rows have nothing in the column {column}",
+            where=f"{where}, {_list_first('row', rows)} (counted from 0)",
+        )
+
+
+def _check_unique(keys: list[str], where: str) -> None:
+    repeated = [key for key, count in Counter(keys).items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"{len(repeated)} keys occur more than once",
+            where=f"{where}, {_list_first('key', repeated)}",
+            fix="give every row a key of its own",
+        )
+
+
+def _list_first(noun: str, items: list[str]) -> str:
+    plural = "s" if len(items) > 1 else ""
+    more = ", …" if len(items) > _LISTED else ""
+    return f"{noun}{plural} {', '.join(items[:_LISTED])}{more}"

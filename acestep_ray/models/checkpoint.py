@@ -1,0 +1,343 @@
+"""The checkpoint directory in the released layout: checking it, loading its parts, downloading it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session, tqdm
+
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.models.codec import MusicCodec
+from acestep_ray.models.ssl import SSLEncoder
+from acestep_ray.models.text_encoder import TextEncoder
+from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig, is_unused_parameter
+from acestep_ray.models.vocoder import VocoderConfig
+from acestep_ray.models.weights import build_on_meta, check_weight_file, load_weights, read_json, weight_files
+
+TRANSFORMER = "ace_step_transformer"
+AUTOENCODER = "music_dcae_f8c8"
+VOCODER = "music_vocoder"
+TEXT_ENCODER = "umt5-base"
+TOKENIZER_FILE = "tokenizer.json"
+LYRIC_VOCAB = "lyric_tokenizer/vocab.json"
+LYRIC_VOCAB_VARIABLE = "ACESTEP_LYRIC_VOCAB"
+# Folder of each SSL model by the name that the transformer's configuration gives it.
+SSL_FOLDERS = {"mert": "mert", "m-hubert": "mhubert"}
+
+# What `fingerprint` knows. Encoding uses the autoencoder alone, so a new vocoder leaves cached latents valid.
+PARTS = {
+    "transformer": TRANSFORMER,
+    "codec": AUTOENCODER,
+    "vocoder": VOCODER,
+    "text_encoder": TEXT_ENCODER,
+    **SSL_FOLDERS,
+}
+
+
+@dataclass(frozen=True)
+class CheckpointDir:
+    """A directory whose parts were found whole; the loaders read them, float32 and frozen but for the transformer."""
+
+    path: Path
+    transformer_config: TransformerConfig
+    ssl_names: tuple[str, ...]
+    """SSL models that are there, in the transformer's order."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> CheckpointDir:
+        """Check that every part is there, its configuration reads, its weights have a whole header, its sizes agree.
+
+        Reads no weights. Raises one `InputError` that lists everything that is missing or broken.
+        """
+        root = Path(path)
+        fix = (
+            f"`acestep-ray checkpoint fetch {root}` downloads what is missing of the released model; "
+            f"`acestep-ray checkpoint tiny DIR` writes a small random one to try things with"
+        )
+        if not root.is_dir():
+            raise InputError("no such checkpoint directory", where=str(root), fix=fix)
+        present = [name for name, folder in SSL_FOLDERS.items() if (root / folder).is_dir()]
+        folders = [TRANSFORMER, AUTOENCODER, VOCODER, TEXT_ENCODER, *(SSL_FOLDERS[name] for name in present)]
+        problems: list[str] = []
+        configs = {folder: _check_part(root, folder, problems) for folder in folders}
+        transformer_config = _parse_configs(configs, problems)
+        if problems:
+            listed = "".join(f"\n  - {problem}" for problem in problems)
+            raise InputError(
+                "the checkpoint directory is incomplete or broken", where=f"{root}{listed}", fix=fix
+            )
+        ssl_names = tuple(name for name in transformer_config.ssl_names if name in present)
+        return cls(root, transformer_config, ssl_names)
+
+    def load_transformer(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> ACEStepTransformer:
+        """The transformer in `dtype`, trainable, one copy in memory; parameters that it never uses are left out.
+
+        Raises `InputError` with every missing, unexpected or misshapen name.
+        """
+        directory = self.path / TRANSFORMER
+        transformer = build_on_meta(lambda: ACEStepTransformer(self.transformer_config), directory)
+        load_weights(transformer, directory, dtype=dtype, device=device, ignore=is_unused_parameter)
+        return transformer
+
+    def load_codec(self, device: torch.device | str = "cpu") -> MusicCodec:
+        return MusicCodec.from_pretrained(self.path / AUTOENCODER, self.path / VOCODER, device=device)
+
+    def load_text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder:
+        return TextEncoder.from_pretrained(self.path / TEXT_ENCODER, device=device)
+
+    def load_ssl_encoders(self, device: torch.device | str = "cpu") -> dict[str, SSLEncoder]:
+        """The SSL encoders that are there, by name; empty where none is."""
+        return {
+            name: SSLEncoder.from_pretrained(self.path / SSL_FOLDERS[name], name, device=device)
+            for name in self.ssl_names
+        }
+
+    def lyric_vocab_path(self) -> Path:
+        """The lyric vocabulary: `lyric_tokenizer/vocab.json`, else the file that $ACESTEP_LYRIC_VOCAB names.
+
+        Raises `InputError` where there is neither.
+        """
+        path = self.path / LYRIC_VOCAB
+        if path.is_file():
+            return path
+        if LYRIC_VOCAB_VARIABLE in os.environ:
+            path = Path(os.environ[LYRIC_VOCAB_VARIABLE])
+            if not path.is_file():
+                raise InputError(
+                    "no lyric vocabulary here",
+                    where=f"{path} (from ${LYRIC_VOCAB_VARIABLE})",
+                    fix=f"let ${LYRIC_VOCAB_VARIABLE} name the released vocab.json",
+                )
+            return path
+        raise InputError(
+            "no lyric vocabulary",
+            where=str(path),
+            fix=(
+                f"`acestep-ray checkpoint fetch {self.path}` downloads it, "
+                f"or let ${LYRIC_VOCAB_VARIABLE} name the file"
+            ),
+        )
+
+    def fingerprint(self, part: str) -> str:
+        """SHA-256, in hex, over the bytes of a part's configuration, weights and tokenizer.
+
+        `part` is one of `PARTS` or "lyric_vocab". Raises `InputError` where the part is missing.
+        """
+        if part == "lyric_vocab":
+            files = [self.lyric_vocab_path()]
+        else:
+            directory = self.path / PARTS[part]
+            files = [directory / "config.json", *weight_files(directory)]
+            if part == "text_encoder":
+                files.append(directory / TOKENIZER_FILE)
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+
+def _check_part(root: Path, folder: str, problems: list[str]) -> dict[str, Any] | None:
+    """The part's config.json; what is wrong with the part is added to `problems`."""
+    directory = root / folder
+    if not directory.is_dir():
+        problems.append(f"{folder}/ is missing")
+        return None
+    config = None
+    try:
+        config = read_json(directory / "config.json")
+    except InputError as error:
+        problems.append(f"{folder}/config.json: {error.what}")
+    try:
+        for path in weight_files(directory):
+            check_weight_file(path)
+    except InputError as error:
+        problems.append(f"{Path(error.where).relative_to(root)}: {error.what}")
+    if folder == TEXT_ENCODER and not (directory / TOKENIZER_FILE).is_file():
+        problems.append(f"{folder}/{TOKENIZER_FILE}: missing file")
+    return config
+
+
+def _parse_configs(
+    configs: dict[str, dict[str, Any] | None], problems: list[str]
+) -> TransformerConfig | None:
+    """The transformer's configuration; widths that other parts do not share with it are added to `problems`."""
+    if configs[VOCODER] is not None:
+        try:
+            VocoderConfig.from_dict(configs[VOCODER])
+        except (TypeError, ValueError) as error:
+            problems.append(f"{VOCODER}/config.json: {error}")
+    if configs[TRANSFORMER] is None:
+        return None
+    try:
+        transformer = TransformerConfig.from_dict(configs[TRANSFORMER])
+    except (TypeError, ValueError) as error:
+        problems.append(f"{TRANSFORMER}/config.json: {error}")
+        return None
+    shared = [
+        (TEXT_ENCODER, "d_model", transformer.text_embedding_dim),
+        (AUTOENCODER, "latent_channels", transformer.in_channels),
+    ]
+    for name, width in zip(transformer.ssl_names, transformer.ssl_latent_dims, strict=True):
+        if name in SSL_FOLDERS:
+            shared.append((SSL_FOLDERS[name], "hidden_size", width))
+        else:
+            problems.append(f"{TRANSFORMER}/config.json: unknown SSL model {name!r} in `ssl_names`")
+    for folder, key, wanted in shared:
+        config = configs.get(folder)
+        if config is not None and config.get(key) != wanted:
+            problems.append(
+                f"{folder}/config.json: `{key}` is {config.get(key)}, the transformer expects {wanted}"
+            )
+    return transformer
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hex; a file that has not changed is read once in a process."""
+    status = path.stat()
+    return _sha256_of(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_of(path: str, size: int, modified_ns: int) -> str:
+    digest = hashlib.sha256()
+    buffer = bytearray(1 << 20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Release:
+    """Where the parts of a checkpoint are published, and the SHA-256 of every file that has a known one."""
+
+    repository: str
+    revision: str
+    files: dict[str, str]
+    lyric_vocab_url: str
+    lyric_vocab_sha256: str
+    ssl_repositories: dict[str, str] = field(default_factory=dict)
+    """Repository by folder. Their newest commit is taken; the Hub's own sums are checked."""
+
+
+ACE_STEP_V1 = Release(
+    repository="ACE-Step/ACE-Step-v1-3.5B",
+    revision="82cd0d7b6322bd28cd4e830fe675ddb6180ce36c",
+    files={
+        "ace_step_transformer/config.json": "4d78beb6afb4c7f3705256b44faaf60f3e1e2d78f4015ca87740f3695d7f5447",
+        "ace_step_transformer/diffusion_pytorch_model.safetensors": (
+            "e810f16728d8a2e0d1b9c3a907aac8c9a427ce38edbd890cb3dce5ff92da5aad"
+        ),
+        "music_dcae_f8c8/config.json": "b14a49a8c52a52c2c8050098af1a946810a8a1a0b6e50abc75ba81371383cf04",
+        "music_dcae_f8c8/diffusion_pytorch_model.safetensors": (
+            "2b0cb469307ac50659d1880db2a99bae47d0df335cbb36853964662d4b80e8ee"
+        ),
+        "music_vocoder/config.json": "39ddc4c417e01dc3be1862fcf315887358dd61b7f91c3cc8227f65072984bb55",
+        "music_vocoder/diffusion_pytorch_model.safetensors": (
+            "c92c9b46e28ab7b37b777780cf4308ad7ddac869636bb77aa61599358c4bc1c0"
+        ),
+        "umt5-base/config.json": "afae5da9a35e2b293cee66536f03fc2581cfc3f3d5707d3a262b552748de1572",
+        "umt5-base/model.safetensors": "779cec0d210b2123e21d0a9cd8128f02b4d412627355028965a8be0b241cc3b6",
+        "umt5-base/tokenizer.json": "20a46ac256746594ed7e1e3ef733b83fbc5a6f0922aa7480eda961743de080ef",
+        "umt5-base/special_tokens_map.json": "456b58fd240a06c743a7c2cf8008bec501240d68ebd1fc4018ea569505fea270",
+        "umt5-base/tokenizer_config.json": "ed9a3a8b0faa71a70a32847e0435fe036e6e112d4df4edb7bb48a921e344dc05",
+    },
+    lyric_vocab_url=(
+        "https://raw.githubusercontent.com/ace-step/ACE-Step/d612523f50e252c0e138e68ae75b06223f96e934"
+        "/acestep/models/lyrics_utils/vocab.json"
+    ),
+    lyric_vocab_sha256="c2a66ea48c478c0bb9acb5497144b926acdeaa37128faa799508d40f2b9cc558",
+    ssl_repositories={"mert": "m-a-p/MERT-v1-330M", "mhubert": "utter-project/mHuBERT-147"},
+)
+
+
+def fetch_checkpoint(
+    directory: str | Path, *, release: Release = ACE_STEP_V1, endpoint: str | None = None
+) -> CheckpointDir:
+    """Download a released checkpoint into `directory`, about 10 GB, and open it.
+
+    A file that is there with the right SHA-256 is left alone; an interrupted one goes on where it stopped. `endpoint`
+    is the Hub's address, by default $HF_ENDPOINT or huggingface.co. Raises `AceStepError` where the network fails or
+    a file does not have its SHA-256; that file is deleted.
+    """
+    root = Path(directory)
+    for name, sha256 in release.files.items():
+        url = hf_hub_url(release.repository, name, revision=release.revision, endpoint=endpoint)
+        _fetch_file(url, root / name, sha256)
+    _fetch_file(release.lyric_vocab_url, root / LYRIC_VOCAB, release.lyric_vocab_sha256)
+    for folder, repository in release.ssl_repositories.items():
+        for name, url, sha256 in _ssl_files(repository, endpoint):
+            _fetch_file(url, root / folder / name, sha256)
+    return CheckpointDir.open(root)
+
+
+def _ssl_files(repository: str, endpoint: str | None) -> Iterator[tuple[str, str, str | None]]:
+    """Name, address and (for weights) SHA-256 of the files that `SSLEncoder` reads."""
+    try:
+        info = HfApi(endpoint=endpoint).model_info(repository, files_metadata=True)
+    except (HTTPError, OSError) as error:
+        raise AceStepError(
+            f"cannot list the files of {repository} on the Hugging Face Hub: {error}"
+        ) from error
+    published = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings}
+    weights = next((name for name in ("model.safetensors", "pytorch_model.bin") if name in published), None)
+    if weights is None:
+        raise AceStepError(f"{repository} on the Hugging Face Hub has no weights among {sorted(published)}")
+    for name in ("config.json", weights):
+        yield name, hf_hub_url(repository, name, revision=info.sha, endpoint=endpoint), published[name]
+
+
+def _fetch_file(url: str, path: Path, sha256: str | None) -> None:
+    """Download `url` to `path`, unless it is there already; `sha256` none takes what comes."""
+    if sha256 is not None and path.is_file() and file_sha256(path) == sha256:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        # huggingface_hub's own download starts a broken file over, which hurts at 6.6 GB.
+        _append_rest(url, part, description=f"{path.parent.name}/{path.name}")
+    except (HTTPError, OSError) as error:
+        reason = str(error) or type(error).__name__
+        raise AceStepError(
+            f"cannot download {url}: {reason}\n  → run the same command again: it goes on where it stopped"
+        ) from error
+    if sha256 is not None:
+        found = file_sha256(part)
+        if found != sha256:
+            part.unlink()
+            raise AceStepError(
+                f"{url} came with SHA-256 {found} and not {sha256}; the file was deleted\n"
+                "  → run the same command again; if it says so again, what is published there has changed"
+            )
+    os.replace(part, path)
+
+
+def _append_rest(url: str, part: Path, description: str) -> None:
+    """Download the bytes of `url` that `part` does not hold yet."""
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=60) as response:
+        if response.status_code == 416 and start:
+            return  # nothing is left to send
+        response.raise_for_status()
+        resumed = response.status_code == 206
+        total = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        with (
+            part.open("ab" if resumed else "wb") as file,
+            tqdm(total=total, unit="B", unit_scale=True, desc=description) as progress,
+        ):
+            for block in response.iter_bytes(1 << 20):
+                file.write(block)
+                progress.update(len(block))

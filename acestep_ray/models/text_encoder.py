@@ -1,0 +1,69 @@
+"""The frozen prompt encoder: UMT5 (Chung et al. 2023, arXiv:2304.09151), its encoder half."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from acestep_ray.errors import InputError
+from acestep_ray.models.weights import FIX, build_on_meta, load_weights, read_json
+
+MAX_TOKENS = 256
+
+
+class TextEncoder(nn.Module):
+    """Prompts → one embedding a token."""
+
+    def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> TextEncoder:
+        """The encoder and tokenizer in `umt5-base/`, float32, frozen. Raises `InputError` if broken."""
+        directory = Path(directory)
+        settings = read_json(directory / "config.json")
+        model = build_on_meta(lambda: UMT5EncoderModel(UMT5Config.from_dict(settings)), directory)
+        tokenizer = _load_tokenizer(directory / "tokenizer.json", model.config.pad_token_id)
+        # A full UMT5 has a decoder as well.
+        load_weights(
+            model, directory, device=device, ignore=lambda name: name.startswith(("decoder.", "lm_head."))
+        )
+        model.eval().requires_grad_(False)
+        return cls(model, tokenizer).eval()
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return self.model.config.d_model
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts → embeddings (B, T, dim), zero past a prompt's end, and mask (B, T) of ones and zeros, float32.
+
+        T is the longest prompt's length in tokens, at most 256, the end token included.
+        """
+        encodings = self.tokenizer.encode_batch(texts)
+        device = self.model.shared.weight.device
+        ids = torch.tensor([encoding.ids for encoding in encodings], device=device)
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
+        embeddings = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        mask = mask.to(embeddings.dtype)
+        return embeddings * mask[..., None], mask
+
+
+def _load_tokenizer(path: Path, pad_id: int) -> Tokenizer:
+    if not path.is_file():
+        raise InputError("missing file", where=str(path), fix=FIX)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise InputError(f"cannot read this tokenizer ({error})", where=str(path), fix=FIX) from error
+    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id))
+    return tokenizer

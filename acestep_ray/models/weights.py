@@ -1,0 +1,156 @@
+"""Reading a model's folder: its `config.json` and its weights, in one file or in shards."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from acestep_ray.errors import InputError
+
+FIX = "download it again with `acestep-ray checkpoint fetch DIR`"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# diffusers' and transformers' names; a sharded file has an index beside it. MERT was published as a .bin file.
+_NAMES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `InputError` where it is missing or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("missing file", where=str(path), fix=FIX) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read this JSON file ({error})", where=str(path), fix=FIX) from error
+    if not isinstance(content, dict):
+        raise InputError("this JSON file holds no object", where=str(path), fix=FIX)
+    return content
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights of the model in `directory`, an index's shards in its order.
+
+    Raises `InputError` where there are none or a shard is missing.
+    """
+    for name in _NAMES:
+        path = directory / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return [path]
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(shard, str) for shard in weight_map.values()
+        ):
+            raise InputError("no `weight_map` from names to files in this index", where=str(path), fix=FIX)
+        shards = [directory / shard for shard in dict.fromkeys(weight_map.values())]
+        absent = [shard.name for shard in shards if not shard.is_file()]
+        if absent:
+            raise InputError(f"missing weight files {', '.join(absent)}", where=str(directory), fix=FIX)
+        return shards
+    raise InputError(f"no weights (looked for {', '.join(_NAMES)})", where=str(directory), fix=FIX)
+
+
+def check_weight_file(path: Path) -> None:
+    """Raises `InputError` if the header of a safetensors file is broken or the file is cut short; reads no weights."""
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read these weights ({error})", where=str(path), fix=FIX) from error
+
+
+def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
+    """Every tensor of the model in `directory` with its name and file, mapped from disk and not yet read.
+
+    Raises `InputError` where a file is broken.
+    """
+    for path in weight_files(directory):
+        if path.suffix == ".bin":
+            try:
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+                raise InputError(f"cannot read these weights ({error})", where=str(path), fix=FIX) from error
+            for name, tensor in tensors.items():
+                yield name, tensor, path
+            continue
+        check_weight_file(path)
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
+                yield name, file.get_tensor(name), path
+
+
+def build_on_meta(build: Callable[[], Model], directory: Path) -> Model:
+    """What `build` makes from the configuration in `directory`, on the meta device: shapes without memory.
+
+    Raises `InputError` where the configuration makes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception as error:  # the libraries raise half a dozen kinds for one wrong size
+        where = str(directory / "config.json")
+        raise InputError(f"this configuration makes no model ({error})", where=where, fix=FIX) from error
+
+
+def load_weights(
+    module: nn.Module,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    rename: Callable[[str], str] = str,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Give `module`, built on the meta device, the weights of `directory`, one tensor in memory at a time.
+
+    `rename` turns a name in the file into the module's; a name that the module lacks is an error unless `ignore`
+    says otherwise. Raises `InputError` with every missing, unexpected or misshapen name.
+    """
+    expected = module.state_dict(keep_vars=True)
+    loaded: dict[str, torch.Tensor] = {}
+    problems: list[str] = []
+    for stored_name, tensor, path in read_weights(directory):
+        name = rename(stored_name)
+        if name not in expected:
+            if not ignore(stored_name):
+                problems.append(f"{stored_name} in {path.name} is unknown to the model")
+        elif tensor.shape != expected[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            problems.append(f"{stored_name} in {path.name} has shape {found}, not {wanted}")
+            loaded[name] = tensor
+        else:
+            loaded[name] = tensor.to(device=device, dtype=dtype)
+    # Tied parameters are one object under several names; a file holds them under one name or under all.
+    by_object = {id(expected[name]): tensor for name, tensor in loaded.items()}
+    for name, parameter in expected.items():
+        if name in loaded:
+            continue
+        if id(parameter) in by_object:
+            loaded[name] = by_object[id(parameter)]
+        else:
+            problems.append(f"{name} is missing")
+    if problems:
+        shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
+        raise InputError(
+            "these weights do not fit the model of config.json: " + "; ".join(shown),
+            where=str(directory),
+            fix=FIX,
+        )
+    module.load_state_dict(loaded, assign=True)

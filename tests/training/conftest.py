@@ -1,0 +1,77 @@
+"""A tiny checkpoint and a feature cache of three short songs, made without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from acestep_ray.cache.parts import (
+    claim_output_dir,
+    commit,
+    find_rows,
+    plan_parts,
+    read_dims,
+    row_to_bytes,
+    write_part,
+)
+from acestep_ray.cache.parts import store_song as store
+from acestep_ray.cache.schema import FORMAT_VERSION
+from acestep_ray.cache.stages import DecodedSong, Encoder, Recipe, Settings, Song
+from acestep_ray.data.audio import to_training_audio
+from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
+
+SECONDS = {"alpha": 4.0, "beta": 3.0, "gamma": 6.5}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> CheckpointDir:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def write_tiny_cache(checkpoint, tmp_path_factory):
+    """Writes a cache of some of the songs of `SECONDS`; returns its directory."""
+    settings = Settings(
+        max_duration=240.0,
+        tag_shuffles=2,
+        ssl_frame_stride=1,
+        seed=0,
+        speaker_dim=checkpoint.transformer_config.speaker_embedding_dim,
+    )
+    encoder = Encoder.load(checkpoint, Recipe(settings, {}), "cpu")
+
+    def write(*keys: str) -> Path:
+        cache = tmp_path_factory.mktemp("cache") / "cache"
+        claim_output_dir(cache)
+        for key in keys:
+            store(cache, row_to_bytes(encoder.encode_song(melody(key))))
+        parts = plan_parts(rows[0] for rows in find_rows(cache).values())
+        for part in parts:
+            write_part(cache, part)
+        counts = {"inputs": len(keys), "samples": len(keys), "rejects": 0}
+        manifest = {"format_version": FORMAT_VERSION, "counts": counts, "settings": vars(settings)}
+        commit(cache, parts, [], {**manifest, **read_dims(cache, parts[0])})
+        return cache
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(write_tiny_cache) -> Path:
+    """All three songs."""
+    return write_tiny_cache(*SECONDS)
+
+
+def melody(key: str) -> DecodedSong:
+    """A song of a few sine tones."""
+    seconds = SECONDS[key]
+    time = torch.arange(int(seconds * 48_000)) / 48_000
+    pitch = 200.0 + 50.0 * len(key) + 80.0 * (2 * time).floor()
+    wave = 0.4 * torch.sin(2 * torch.pi * pitch * time) * torch.exp(-3 * (2 * time).frac())
+    audio = to_training_audio(wave[None].numpy(), 48_000)
+    lyrics = "" if key == "beta" else f"[verse]\nHello {key}\nla la la"
+    song = Song(key, f"{key}.wav", ["calm", key], {"simplified": f"the song {key}"}, lyrics, "", "")
+    return DecodedSong(song, "0" * 64, None, seconds, audio.numpy(), None)
