@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -53,7 +52,7 @@ def assert_records_match(records, expected, grad_norm_rtol):
 def lora_model(golden):
     model = build_transformer(golden)
     config = {**DEFAULT_LORA, **golden.manifest["cases"]["train/lora"]["lora"]}
-    add_lora(model, peft.LoraConfig(**config))
+    add_lora(model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
