@@ -78,7 +78,10 @@ class Tracker:
         """`first_step` discards what an interrupted run wrote to TensorBoard beyond its last checkpoint."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(log_dir), purge_step=first_step or None)
+        # A file's name has its second in it: without the step, a quick restart would write into the same file.
+        self._writer = SummaryWriter(
+            str(log_dir), purge_step=first_step or None, filename_suffix=f".from-step-{first_step}"
+        )
         self._run = run
         if run is not None:
             from mlflow.tracking import MlflowClient

@@ -264,7 +264,7 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"settings": settings, "say": console.say},
-        scaling_config=ScalingConfig(num_workers=settings.config.devices, use_gpu=use_gpu),
+        scaling_config=scaling(settings.config.devices, use_gpu),
         run_config=RunConfig(
             # Ray keeps its book of checkpoints in the folder where we write them.
             storage_path=str(settings.checkpoints.parent),
@@ -290,6 +290,15 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
             end_mlflow_run(settings.mlflow_run, status)
 
 
+def scaling(workers: int, use_gpu: bool) -> ScalingConfig:
+    """A GPU for each worker; without GPUs, the cluster's CPUs shared out, since Ray gives a worker a thread a CPU."""
+    if use_gpu:
+        return ScalingConfig(num_workers=workers, use_gpu=True)
+    largest_node = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    share = min(largest_node, ray.cluster_resources()["CPU"] // workers)
+    return ScalingConfig(num_workers=workers, resources_per_worker={"CPU": max(1, int(share))})
+
+
 def run_worker(loop_config: dict) -> dict | AceStepError:
     """What Ray Train runs in each worker.
 
@@ -299,7 +308,6 @@ def run_worker(loop_config: dict) -> dict | AceStepError:
     place = WorkerPlace(
         rank=context.get_world_rank(),
         workers=context.get_world_size(),
-        workers_on_node=context.get_local_world_size(),
         device=ray.train.torch.get_device(),
     )
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,7 +64,6 @@ class WorkerPlace:
 
     rank: int
     workers: int
-    workers_on_node: int
     device: torch.device
 
 
@@ -100,10 +98,6 @@ class Trainer:
         self.config = config = settings.config
         self.rank, self.workers, self.device = place.rank, place.workers, place.device
         self.report = report
-        if self.device.type == "cpu":
-            # Ray sets one thread for a worker of one CPU; on a machine without GPUs the workers share all cores.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.workers_on_node))
-
         index = CacheIndex.open(config.dataset_path)
         self.reader = CacheReader(index)
         self.plan = build_plan(index, config)
@@ -209,8 +203,9 @@ class Trainer:
         self.unlogged = {}
         for step, values in metrics.items():
             if not math.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"the loss of step {step} is {values['loss']}: lower --learning_rate"
+                raise TrainingDivergedError(
+                    f"the loss of step {step} is {values['loss']}\n"
+                    "  → lower --learning_rate; the same command goes on from the last checkpoint"
                 )
             state.losses.setdefault("first", values["loss"])
             state.losses["last"] = values["loss"]

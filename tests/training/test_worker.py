@@ -17,7 +17,7 @@ from acestep_ray.training.lora import DEFAULT_LORA
 from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
 from acestep_ray.training.worker import TrainingDivergedError, WorkerPlace, WorkerSettings, train_worker
 
-ALONE = WorkerPlace(rank=0, workers=1, workers_on_node=1, device=torch.device("cpu"))
+ALONE = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
 
 
 class Killed(Exception):

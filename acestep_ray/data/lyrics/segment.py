@@ -53,7 +53,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 # Neighbouring n-grams overlap, so naive Bayes is surer than it should be: its log-likelihoods are divided by this.
 _TEMPERATURE = 3.0
-# Fewer lines than this do not make a language one of the song's; several lines that are half sure make none either.
+# A language that fewer lines than this speak for, doubtful ones counted by their probability, is none of the song's.
 _SPARSITY = 0.5
 # Lines of English that every song is taken to have besides its own …
 _ENGLISH_PRIOR = 0.1

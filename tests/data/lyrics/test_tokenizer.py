@@ -152,7 +152,7 @@ def test_the_tiny_vocabulary_has_the_form_of_the_released_one(vocabulary):
     assert content["model"]["unk_token"] == "[UNK]"
     assert content["pre_tokenizer"] == {"type": "Whitespace"}
     tokens = Tokenizer.from_file(str(vocabulary))
-    assert [tokens.token_to_id(name) for name in ("[STOP]", "[UNK]", "[SPACE]")] == [0, 1, 2]
+    assert [tokens.token_to_id(name) for name in ("[STOP]", "[UNK]", "[SPACE]", "a", "b")] == [0, 1, 2, 3, 4]
     special = {token["content"] for token in content["added_tokens"]}
     assert {"[START]", "[zh-cn]", "[hi]", "[verse]", "[pre-chorus]", "[inst]"} <= special
     assert len(special) == 3 + len(LANGUAGES) + 12 + 1
