@@ -58,7 +58,10 @@ class QuickstartSummary:
                 f"{self.trained.first_loss:.4f} → {self.trained.last_loss:.4f} from the first step to step "
                 f"{self.trained.steps}; on fixed noise {fixed[0]:.4f} → {fixed[-1]:.4f}",
             ),
-            ("music", f"{self.generated.audio} ({self.generated.seconds:.1f} s), {self.generated.picture.name}"),
+            (
+                "music",
+                f"{self.generated.audio} ({self.generated.seconds:.1f} s), {self.generated.picture.name}",
+            ),
             ("took", f"{self.wall_seconds:.0f} s"),
             ("next", self.next_command),
         ]
@@ -141,7 +144,9 @@ def song_folder(config: QuickstartConfig, output: Path) -> Path:
     return songs
 
 
-def train_config(config: QuickstartConfig, output: Path, cache: Path, checkpoint: Path, device: str) -> TrainConfig:
+def train_config(
+    config: QuickstartConfig, output: Path, cache: Path, checkpoint: Path, device: str
+) -> TrainConfig:
     """A short run; its name follows the songs, so that other songs are another run."""
     lora_config = output / "lora_config.json"
     lora_config.write_text(json.dumps(DEFAULT_LORA, indent=4) + "\n", encoding="utf-8")

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from acestep_ray.errors import InputError
 
 OFF = "none"
@@ -72,16 +74,18 @@ def end_mlflow_run(run: MLflowRun, status: str) -> None:
 
 
 class Tracker:
-    """Writes metrics by step to TensorBoard and, where there is a run, to MLflow."""
+    """Writes metrics by step to TensorBoard, where it is installed, and to MLflow, where there is a run."""
 
     def __init__(self, log_dir: Path, run: MLflowRun | None, first_step: int = 0):
         """`first_step` discards what an interrupted run wrote to TensorBoard beyond its last checkpoint."""
-        from tensorboardX import SummaryWriter
+        self._writer = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            # Not tensorboardX, which Ray brings: its `flush` leaves events in a queue, and a kill loses them.
+            from torch.utils.tensorboard import SummaryWriter
 
-        # A file's name has its second in it: without the step, a quick restart would write into the same file.
-        self._writer = SummaryWriter(
-            str(log_dir), purge_step=first_step or None, filename_suffix=f".from-step-{first_step}"
-        )
+            # A file's name has its second in it: without the step, a quick restart would write into the same file.
+            suffix = f".from-step-{first_step}"
+            self._writer = SummaryWriter(str(log_dir), purge_step=first_step or None, filename_suffix=suffix)
         self._run = run
         if run is not None:
             from mlflow.tracking import MlflowClient
@@ -89,11 +93,12 @@ class Tracker:
             self._client = MlflowClient(run.tracking_uri)
 
     def log(self, metrics: dict[int, dict[str, float]]) -> None:
-        """Write metrics by name, by step."""
-        for step, values in metrics.items():
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        """Write metrics by name, by step; what was written survives a kill."""
+        if self._writer is not None:
+            for step, values in metrics.items():
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+            self._writer.flush()
         if self._run is None:
             return
         from mlflow.entities import Metric
@@ -107,11 +112,13 @@ class Tracker:
         for start in range(0, len(entries), 1000):  # the most that one call takes
             self._client.log_batch(self._run.run_id, metrics=entries[start : start + 1000])
 
-    def log_audio(self, name: str, samples, sample_rate: int, step: int) -> None:
-        """Give TensorBoard a sound to play; `samples` (channels, n) in [−1, 1], mixed to mono."""
-        self._writer.add_audio(name, samples.mean(axis=0), step, sample_rate=sample_rate)
-        self._writer.flush()
+    def log_audio(self, name: str, waveform: np.ndarray, sample_rate: int, step: int) -> None:
+        """Give TensorBoard a sound to play; `waveform` (channels, n) in [−1, 1], mixed to mono."""
+        if self._writer is not None:
+            self._writer.add_audio(name, waveform.mean(axis=0), step, sample_rate=sample_rate)
+            self._writer.flush()
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

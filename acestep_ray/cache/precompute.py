@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import sys
 import time
 from collections import Counter
@@ -62,6 +61,7 @@ from acestep_ray.config import PrecomputeConfig
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.schema import RejectReason, open_dataset
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.ray_runtime import connect
 
 if TYPE_CHECKING:
     # Imported where it is used: the workers that only decode need no models, whose libraries load for seconds.
@@ -136,7 +136,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
     checkpoint = CheckpointDir.open(os.path.abspath(config.checkpoint_dir))
     recipe = _recipe(config, checkpoint)
     claim_output_dir(cache)
-    start_ray()
+    connect()
     pool = _EncoderPool.choose(config)
 
     with _faults_explained():
@@ -174,26 +174,6 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
         wall_seconds=time.monotonic() - started,
         output_dir=str(cache),
     )
-
-
-def start_ray() -> None:
-    """Connect to Ray: the cluster of $RAY_ADDRESS, else one that `ray start` runs on this machine, else a new one.
-
-    Raises InputError where that cluster does not answer.
-    """
-    if ray.is_initialized():
-        return
-    if "RAY_ADDRESS" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
-        # Ray would write a token for its new cluster to that file, and every later `ray start` would ask for it.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError as error:
-        raise InputError(
-            f"no Ray cluster answers ({error})",
-            where=os.environ.get("RAY_ADDRESS"),
-            fix="start it with `ray start`, or unset $RAY_ADDRESS to run on this machine alone",
-        ) from error
 
 
 def _check_settings(config: PrecomputeConfig) -> None:
