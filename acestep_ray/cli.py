@@ -11,12 +11,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from acestep_ray import __version__
 from acestep_ray.config import GenerateConfig, PrecomputeConfig, PrepareConfig, QuickstartConfig, TrainConfig
-from acestep_ray.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, AceStepError
+from acestep_ray.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, AceStepError, InputError
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = build_parser()
     arguments = [with_underscores(argument) for argument in arguments]
     debug = "--debug" in arguments
-    parsed = parser.parse_args([argument for argument in arguments if argument != "--debug"])
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        run(parsed)
+        check_settings_files(arguments)
+        run(parser.parse_args(arguments))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -118,6 +122,23 @@ def run(parsed: Namespace) -> None:
     job = JOBS[parsed.command]
     values = {name: value for name, value in settings.as_dict().items() if name != "config"}
     print(load(job.target)(job.config(**values)).render())
+
+
+def check_settings_files(arguments: Sequence[str]) -> None:
+    """Raise InputError for a `--config` file that is missing or no YAML mapping; the parser would not name the file."""
+    for flag, value in pairwise([*arguments, ""]):
+        path = value if flag == "--config" else flag.removeprefix("--config=")
+        if not flag.startswith("--config") or path in ("", flag):
+            continue
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"cannot read the settings file ({reason})", where=f"--config {path}") from None
+        if not isinstance(settings, dict):
+            raise InputError(
+                "the settings file holds no settings, `name: value` a line", where=f"--config {path}"
+            )
 
 
 def load(target: str) -> Callable:

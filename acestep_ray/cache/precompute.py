@@ -135,6 +135,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
     dataset = open_dataset(dataset_dir, config.split)
     checkpoint = CheckpointDir.open(os.path.abspath(config.checkpoint_dir))
     recipe = _recipe(config, checkpoint)
+    keys = dataset["keys"][:]
     claim_output_dir(cache)
     connect()
     pool = _EncoderPool.choose(config)
@@ -142,7 +143,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
     with _faults_explained():
         rows = _find_unchanged(dataset, dataset_dir, find_rows(cache), recipe)
         unchanged = len(rows)
-        pending = [i for i, key in enumerate(dataset["keys"]) if key not in rows]
+        pending = [i for i, key in enumerate(keys) if key not in rows]
         rejects: list[Reject] = []
         progress = Progress(len(pending), unchanged)
         songs = (Song.from_row(dataset[i]) for i in pending)
@@ -153,7 +154,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
                 rows[outcome.key] = outcome
             progress.show(done=len(rows) - unchanged + len(rejects), rejected=len(rejects))
         progress.close()
-        _check_complete(dataset["keys"], rows, rejects)
+        _check_complete(keys, rows, rejects)
         parts = plan_parts(rows.values())
         missing = [(cache, part) for part in parts if not part.is_written]
         for _ in _map_tasks(write_part, missing):
@@ -164,7 +165,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
         first = "".join(f"\n  - {reject.filename}: {reject.message}" for reject in rejects[:_LISTED_REJECTS])
         raise InputError(f"none of the {len(rejects)} songs can be used{first}", where=dataset_dir)
     return PrecomputeSummary(
-        inputs=len(dataset),
+        inputs=len(keys),
         samples=len(rows),
         unchanged=unchanged,
         computed=len(rows) - unchanged,
@@ -453,15 +454,14 @@ def _plain_faults(key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _faults_explained() -> Iterator[None]:
-    """Ray's errors as one message with the cause, and without Ray Data's own account of them on the console."""
+    """Ray's errors as one message with the cause, without Ray Data's own account of them on the console."""
     consoles = [
         handler
         for handler in logging.getLogger("ray.data").handlers
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+        if isinstance(handler, logging.StreamHandler)
     ]
-    levels = [handler.level for handler in consoles]
     for handler in consoles:
-        handler.setLevel(logging.CRITICAL)
+        handler.addFilter(_is_worth_showing)
     try:
         yield
     except RayError as error:
@@ -475,8 +475,13 @@ def _faults_explained() -> Iterator[None]:
             "  → the songs that were encoded are kept; the same command goes on from there"
         ) from error
     finally:
-        for handler, level in zip(consoles, levels, strict=True):
-            handler.setLevel(level)
+        for handler in consoles:
+            handler.removeFilter(_is_worth_showing)
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    """Warnings, such as that of a cluster without room for the encoders; errors are told by what is raised."""
+    return record.levelno == logging.WARNING and not record.getMessage().startswith("Progress bars disabled")
 
 
 def _check_complete(keys: Iterable[str], rows: dict[str, StoredRow], rejects: list[Reject]) -> None:
@@ -524,23 +529,27 @@ class Progress:
         self.stream = stream if stream is not None else sys.stderr
         self.is_terminal = self.stream.isatty()
         self.interval = 0.2 if self.is_terminal else seconds_between_lines
-        self.started = self.shown = time.monotonic()
+        self.shown = time.monotonic()
+        # The rate is counted from the first song: before it the models were loaded.
+        self.first: tuple[int, float] | None = None
         if unchanged:
             print(f"{unchanged} songs are in the cache already", file=self.stream, flush=True)
         if total:
             print(f"encoding {total} songs", file=self.stream, flush=True)
 
     def show(self, done: int, rejected: int) -> None:
+        """Tell of `done` songs, if the last line is old enough or the songs are all done."""
         now = time.monotonic()
+        if self.first is None:
+            self.first = done, now
         if now - self.shown < self.interval and done < self.total:
             return
         self.shown = now
-        rate = done / (now - self.started)
-        left = round((self.total - done) / rate) if done else 0
-        text = (
-            f"{done}/{self.total} songs, {rejected} rejected, {rate:.2f} songs/s, "
-            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        )
+        text = f"{done}/{self.total} songs, {rejected} rejected"
+        if now > self.first[1]:
+            rate = (done - self.first[0]) / (now - self.first[1])
+            left = round((self.total - done) / rate)
+            text += f", {rate:.2f} songs/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
         start, end = ("\r\x1b[K", "") if self.is_terminal else ("", "\n")
         print(f"{start}{text}", end=end, file=self.stream, flush=True)
 

@@ -16,8 +16,8 @@ from acestep_ray.models.dropout import counter_dropout
 
 DROPOUT = 0.1
 LAYER_NORM_EPS = 1e-5
-# Names an element by (row, column) for dropout; larger than any sequence or width.
-INDEX_STRIDE = 1 << 20
+# Added to relative positions to number them for dropout: larger than any sequence, so that none is negative.
+POSITION_OFFSET = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,7 @@ class Dropout:
         if self.seeds is None:
             return x
         self.layer += 1
-        columns = torch.arange(x.shape[-1], device=x.device)
-        index = rows[:, None] * INDEX_STRIDE + columns
-        if x.ndim == 4:
-            heads = torch.arange(x.shape[1], device=x.device)
-            index = index + (heads * INDEX_STRIDE * INDEX_STRIDE)[:, None, None]
-        return counter_dropout(x, DROPOUT, self.seeds, self.layer, index)
+        return counter_dropout(x, DROPOUT, self.seeds, self.layer, rows)
 
 
 def relative_sinusoids(length: int, width: int, device: torch.device) -> Tensor:
@@ -160,7 +155,7 @@ class LyricEncoder(nn.Module):
         positions = relative_sinusoids(length, width, x.device).to(x.dtype)[None]
         if dropout_seeds is not None:
             # Shifted so that every relative position has the same number, which is not negative, in any length.
-            relative = torch.arange(length - 1, -length, -1, device=x.device) + INDEX_STRIDE // 2
+            relative = torch.arange(length - 1, -length, -1, device=x.device) + POSITION_OFFSET
             positions = dropout(positions.expand(batch, -1, -1), relative)
         for layer in self.encoders:
             x = layer(x, mask, positions, dropout)

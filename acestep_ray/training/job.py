@@ -108,6 +108,9 @@ def train(config: TrainConfig) -> TrainSummary:
     check_lora_fits(lora, checkpoint, config.lora_config_path)
     tracking_uri = mlflow_uri(config.tracking_uri, Path(config.logger_dir))
 
+    if not is_dataset_dir(config.dataset_path):
+        check_cache_fits(CacheIndex.open(config.dataset_path), checkpoint, config)
+
     connect()
     use_gpu = resolve_training_device(config)
     config = replace(config, dataset_path=cached_dataset(config))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -82,6 +83,17 @@ def test_finishing_again_changes_no_file(write_cache):
     assert {file: (file.stat().st_ino, file.read_bytes()) for file in cache.glob("samples/*")} == before
 
 
+def test_a_new_song_joins_the_old_ones_as_they_were(write_cache, encoder):
+    cache = write_cache([decoded(song("a")), decoded(song("cc"), 4.0)])
+    store_song(cache, row_to_bytes(encoder.encode_song(decoded(song("b")))))
+    finish(cache)
+    (part,) = cache.glob("samples/*")
+    expected = [
+        encoder.encode_song(decoded(song(key), seconds)) for key, seconds in (("a", 3), ("b", 3), ("cc", 4))
+    ]
+    assert pq.read_table(part).to_pylist() == pa.concat_tables(expected).to_pylist()
+
+
 def test_a_damaged_file_holds_no_songs_and_goes_with_the_commit(write_cache):
     cache = write_cache([decoded(song("a"))])
     damaged = cache / "samples/part-0123456789abcdef.parquet"
@@ -151,14 +163,17 @@ def test_attempts_are_counted_only_over_dead_processes(tmp_path):
     for _ in range(2):
         with counted_attempt(tmp_path, "decode", "a") as attempt:
             assert attempt == 1
-    dead = [
-        counted_attempt(tmp_path, "decode", "a") for _ in range(2)
-    ]  # never left, like a process that was killed
-    assert [one.__enter__() for one in dead] == [1, 2]
-    with counted_attempt(tmp_path, "encode", "a") as attempt:
-        assert attempt == 1
+    killed = []
+
+    def die_in(stage: str, key: str) -> int:
+        killed.append(counted_attempt(tmp_path, stage, key))  # never left, like one whose process was killed
+        return killed[-1].__enter__()
+
+    assert [die_in("decode", "a"), die_in("decode", "a")] == [1, 2]
+    assert die_in("encode", "a") == 1
+    assert die_in("decode", "b") == 1
     with counted_attempt(tmp_path, "decode", "a") as attempt:
         assert attempt == 3
-    assert counted_attempt(tmp_path, "decode", "b").__enter__() == 1
+    assert die_in("decode", "b") == 2
     claim_output_dir(tmp_path)
-    assert counted_attempt(tmp_path, "decode", "b").__enter__() == 1
+    assert die_in("decode", "b") == 1

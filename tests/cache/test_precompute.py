@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from acestep_ray.cache import parts as parts_module
 from acestep_ray.cache import precompute as precompute_module
@@ -23,7 +25,7 @@ from acestep_ray.cache.precompute import PrecomputeSummary, Progress, precompute
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.stages import Encoder, Recipe, Reject, Settings, Song, decode_song
 from acestep_ray.config import PrecomputeConfig
-from acestep_ray.errors import InputError
+from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from tests.cache.conftest import SongFolder, noise
@@ -278,7 +280,7 @@ def test_lost_and_doubled_songs_do_not_pass():
         (["a", "b"], {"a": None, "b": None}, [reject]),
         (["a"], {"a": None}, [reject]),
     ):
-        with pytest.raises(precompute_module.AceStepError, match="'b'"):
+        with pytest.raises(AceStepError, match="'b'"):
             check(keys, rows, rejects)
 
 
@@ -297,16 +299,62 @@ def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     stream = io.StringIO()
-    progress = Progress(10, 3, stream, seconds_between_lines=30)
-    for done in range(1, 11):
-        now += 10.0
+    progress = Progress(9, 3, stream, seconds_between_lines=30)
+    now = 1000.0  # the models load
+    for done in range(1, 10):
         progress.show(done, rejected=done // 5)
+        now += 10.0
     progress.close()
     assert stream.getvalue().splitlines() == [
         "3 songs are in the cache already",
-        "encoding 10 songs",
-        "3/10 songs, 0 rejected, 0.10 songs/s, 0:01:10 left",
-        "6/10 songs, 1 rejected, 0.10 songs/s, 0:00:40 left",
-        "9/10 songs, 1 rejected, 0.10 songs/s, 0:00:10 left",
-        "10/10 songs, 2 rejected, 0.10 songs/s, 0:00:00 left",
+        "encoding 9 songs",
+        "1/9 songs, 0 rejected",
+        "4/9 songs, 0 rejected, 0.10 songs/s, 0:00:50 left",
+        "7/9 songs, 1 rejected, 0.10 songs/s, 0:00:20 left",
+        "9/9 songs, 1 rejected, 0.10 songs/s, 0:00:00 left",
     ]
+
+
+def test_progress_rewrites_one_line_on_a_terminal(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    progress = Progress(1, 0, stream)
+    progress.show(1, rejected=1)
+    progress.close()
+    assert stream.getvalue() == "encoding 1 songs\n\r\x1b[K1/1 songs, 1 rejected\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (RayTaskError("_Encode", "", InputError("a broken part")), InputError, "^a broken part$"),
+        (
+            RayTaskError(
+                "_Encode", "", RuntimeError("CUDA error at song 'a'\nFailed to apply UDF after 1 attempt")
+            ),
+            AceStepError,
+            r"^precompute stopped: CUDA error at song 'a'\n.*the same command goes on",
+        ),
+        (WorkerCrashedError(), AceStepError, "^precompute stopped: The worker died"),
+    ],
+)
+def test_a_fault_in_a_worker_surfaces_as_one_message_with_its_cause(error, raised, message):
+    with pytest.raises(raised, match=message), precompute_module._faults_explained():
+        raise error
+
+
+def test_the_console_keeps_ray_datas_warnings_and_nothing_else(capsys):
+    logger = logging.getLogger("ray.data")
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    try:
+        with precompute_module._faults_explained():
+            logger.info("executing")
+            logger.warning("Progress bars disabled. To enable, …")
+            logger.warning("no room in the cluster")
+            logger.error("an exception was raised")
+        logger.error("later")
+    finally:
+        logger.removeHandler(handler)
+    assert stream.getvalue().splitlines() == ["no room in the cluster", "later"]
