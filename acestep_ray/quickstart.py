@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.cache.precompute import PrecomputeSummary, precompute
 from acestep_ray.config import GenerateConfig, PrecomputeConfig, PrepareConfig, QuickstartConfig, TrainConfig
@@ -77,6 +79,9 @@ def quickstart(config: QuickstartConfig) -> QuickstartSummary:
 
     checkpoint = Path(config.checkpoint_dir or output / "checkpoint")
     tiny = config.checkpoint_dir is None
+    if tiny:
+        # Tiny tensors gain nothing from threads, and lose a lot where other programs use the same cores.
+        torch.set_num_threads(1)
     if tiny and not checkpoint.exists():
         announce("a tiny checkpoint with random weights")
         write_tiny_checkpoint(checkpoint, seed=config.seed)

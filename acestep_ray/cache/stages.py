@@ -217,8 +217,8 @@ class Encoder:
         song, settings = decoded.song, self.recipe.settings
         try:
             lyrics = self.lyric_tokenizer.encode(song.lyrics, song.language or None)
-        except MemoryError:
-            raise
+        except (MemoryError, ImportError):
+            raise  # the machine's fault, or the installation's
         except Exception as error:  # the libraries behind seventeen languages raise errors of any kind
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             return Reject.of(song, RejectReason.BAD_LYRICS, kind + _first_line(error))

@@ -267,7 +267,7 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"settings": settings, "say": console.say},
-        scaling_config=scaling(settings.config.devices, use_gpu),
+        scaling_config=ScalingConfig(num_workers=settings.config.devices, use_gpu=use_gpu),
         run_config=RunConfig(
             # Ray keeps its book of checkpoints in the folder where we write them.
             storage_path=str(settings.checkpoints.parent),
@@ -291,15 +291,6 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     finally:
         if settings.mlflow_run is not None:
             end_mlflow_run(settings.mlflow_run, status)
-
-
-def scaling(workers: int, use_gpu: bool) -> ScalingConfig:
-    """A GPU for each worker; without GPUs, the cluster's CPUs shared out, since Ray gives a worker a thread a CPU."""
-    if use_gpu:
-        return ScalingConfig(num_workers=workers, use_gpu=True)
-    largest_node = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    share = min(largest_node, ray.cluster_resources()["CPU"] // workers)
-    return ScalingConfig(num_workers=workers, resources_per_worker={"CPU": max(1, int(share))})
 
 
 def run_worker(loop_config: dict) -> dict | AceStepError:
