@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+
 import pytest
 import torch
 
@@ -10,3 +13,14 @@ import torch
 def one_thread():
     """Tiny tensors gain nothing from threads, and lose a lot where other programs use the same cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_cpus():
+    """A Ray cluster of one node with two CPUs, for every test that asks for it."""
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()

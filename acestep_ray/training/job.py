@@ -110,6 +110,7 @@ def train(config: TrainConfig) -> TrainSummary:
 
     if not is_dataset_dir(config.dataset_path):
         check_cache_fits(CacheIndex.open(config.dataset_path), checkpoint, config)
+        build_plan(CacheIndex.open(config.dataset_path), config)
 
     connect()
     use_gpu = resolve_training_device(config)

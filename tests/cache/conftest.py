@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,17 +132,6 @@ def song_folder(tmp_path) -> SongFolder:
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.5, 0.5, (int(seconds * 48_000), 2))
-
-
-@pytest.fixture(scope="session")
-def two_cpus():
-    """A Ray cluster of one node with two CPUs, for every test that asks for it."""
-    import ray
-
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""The train job on a real Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from acestep_ray.config import TrainConfig
+from acestep_ray.errors import InputError
+from acestep_ray.training.job import train
+from acestep_ray.training.state import WEIGHTS_FILE
+
+
+@pytest.fixture
+def config(checkpoint, tiny_cache, tmp_path):
+    lora_config = tmp_path / "lora_config.json"
+    lora_config.write_text('{"r": 4, "target_modules": ["to_q", "to_v"]}', encoding="utf-8")
+    return TrainConfig(
+        dataset_path=str(tiny_cache),
+        checkpoint_dir=str(checkpoint.path),
+        lora_config_path=str(lora_config),
+        exp_name="one",
+        exp_dir=str(tmp_path / "exps"),
+        logger_dir=str(tmp_path / "exps" / "logs"),
+        learning_rate=3e-3,
+        max_steps=3,
+        warmup_steps=0,
+        precision="32",
+        device="cpu",
+        num_workers=1,
+        every_n_train_steps=100,
+        every_plot_step=100,
+        plot_seconds=2.0,
+    )
+
+
+def statuses(summary):
+    path = summary.tracking_uri.removeprefix("sqlite:///")
+    with sqlite3.connect(path) as database:
+        return dict(database.execute("select name, status from runs"))
+
+
+@pytest.mark.ray
+def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, config):
+    alone = train(replace(config, accumulate_grad_batches=2))
+    together = train(replace(config, exp_name="two", devices=2))
+    assert together.first_loss == pytest.approx(alone.first_loss, rel=1e-5)
+    expected, found = (load_file(run.lora.parent / WEIGHTS_FILE) for run in (alone, together))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    assert statuses(together) == {"one": "FINISHED", "two": "FINISHED"}
+
+    again = train(replace(config, exp_name="two", devices=2))
+    assert again.finished_before
+    assert again.last_loss == together.last_loss
+    assert "already finished" in again.render()
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_cluster_holds_are_refused(two_cpus, config):
+    with pytest.raises(InputError, match="--devices 3"):
+        train(replace(config, devices=3))
+
+
+@pytest.mark.ray
+def test_an_error_of_the_loop_reaches_the_user_as_it_is(two_cpus, config):
+    with pytest.raises(Exception, match=r"loss of step \d is nan|loss of step \d is inf") as raised:
+        train(replace(config, learning_rate=1e30, gradient_clip_val=1e30, max_steps=30, ssl_coeff=0))
+    assert type(raised.value).__name__ == "TrainingDivergedError"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"max_steps": 0}, "--max_steps 0"),
+        ({"learning_rate": -1.0}, "--learning_rate -1.0"),
+        ({"text_dropout": 1.5}, "--text_dropout 1.5"),
+        ({"precision": "fp8"}, "--precision fp8"),
+        ({"exp_name": "../elsewhere"}, "--exp_name"),
+        ({"device": "tpu"}, "--device"),
+        ({"batch_frames": 10}, "--batch_frames 10"),
+        ({"lora_config_path": None}, "--lora_config_path"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with_are_named_before_work_starts(
+    config, changes, named, monkeypatch
+):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+    with pytest.raises(InputError, match=named):
+        train(replace(config, **changes))
+
+
+def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+    cache = tmp_path / "no-ssl"
+    shutil.copytree(tiny_cache, cache)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "ssl": {}}))
+    with pytest.raises(InputError, match="--ssl_coeff 0"):
+        train(replace(config, dataset_path=str(cache)))
