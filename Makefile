@@ -5,11 +5,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SONGS  ?=
 OUT    ?= ./quickstart
+BENCH  ?= --device cuda
 
 # Where the released lyric vocabulary is at hand, the tests that need it run too.
-export ACESTEP_LYRIC_VOCAB ?= $(wildcard ../shared/data/lyric_vocab.json)
+ACESTEP_LYRIC_VOCAB ?= $(abspath $(wildcard ../shared/data/lyric_vocab.json))
+export ACESTEP_LYRIC_VOCAB
 
-.PHONY: venv quickstart test lint format clean
+.PHONY: venv quickstart test lint format bench clean
 
 venv: $(VENV)/.installed
 
@@ -32,6 +34,9 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/python benchmarks/train_step.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

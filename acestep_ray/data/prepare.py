@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from acestep_ray.config import PrepareConfig
 from acestep_ray.data.audio import AUDIO_SUFFIXES, UNSUPPORTED_SUFFIXES
@@ -122,6 +123,8 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     _check_keys(songs, findings)
     _stop_on_problems(findings, source)
     test_keys = _choose_test_songs([song.key for song in songs], config.test_fraction, config.seed)
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # of `datasets`: they fill a log with lines
     splits = _write(songs, test_keys, config, output)
     return PrepareSummary(
         output_dir=str(output),

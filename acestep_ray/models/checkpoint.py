@@ -111,8 +111,9 @@ class CheckpointDir:
         path = self.path / LYRIC_VOCAB
         if path.is_file():
             return path
-        if LYRIC_VOCAB_VARIABLE in os.environ:
-            path = Path(os.environ[LYRIC_VOCAB_VARIABLE])
+        elsewhere = os.environ.get(LYRIC_VOCAB_VARIABLE)
+        if elsewhere:
+            path = Path(elsewhere)
             if not path.is_file():
                 raise InputError(
                     "no lyric vocabulary here",

@@ -108,19 +108,16 @@ def train(config: TrainConfig) -> TrainSummary:
     check_lora_fits(lora, checkpoint, config.lora_config_path)
     tracking_uri = mlflow_uri(config.tracking_uri, Path(config.logger_dir))
 
-    if not is_dataset_dir(config.dataset_path):
-        check_cache_fits(CacheIndex.open(config.dataset_path), checkpoint, config)
-        build_plan(CacheIndex.open(config.dataset_path), config)
-
-    connect()
-    use_gpu = resolve_training_device(config)
     config = replace(config, dataset_path=cached_dataset(config))
     index = CacheIndex.open(config.dataset_path)
     check_cache_fits(index, checkpoint, config)
+    plan = build_plan(index, config)
     total_steps = config.max_steps
     if config.epochs > 0:
-        total_steps = min(total_steps, build_plan(index, config).steps_in_epochs(config.epochs))
+        total_steps = min(total_steps, plan.steps_in_epochs(config.epochs))
 
+    connect()
+    use_gpu = resolve_training_device(config)
     experiment = Path(config.exp_dir).resolve() / config.exp_name
     settings = WorkerSettings(
         config=config,
