@@ -43,7 +43,7 @@ class PrecomputeConfig:
     max_duration: float = 240.0
     """Seconds of each song that are used, from its start."""
     encoder_workers: int | None = None
-    """Encoder actors; none chooses one per GPU, or one on a machine without."""
+    """Encoder actors; none chooses one per GPU, or one per node where there are none."""
     device: str = "auto"
     """Device of the encoders: auto, cpu or cuda."""
     seed: int = 0

@@ -153,7 +153,7 @@ def decode_song(dataset_dir: str, song: Song, settings: Settings) -> DecodedSong
         audio_hash = audio_sha256(path)
     except AudioError as error:
         return Reject.of(song, error.reason, str(error))
-    silent = silent_fraction(samples)
+    silent = silent_fraction(samples[:2])  # training takes the first two channels
     if silent > MAX_SILENT_FRACTION:
         return Reject.of(song, RejectReason.SILENT, f"{silent:.1%} of the audio is silence: {path}")
     speaker, speaker_hash = None, None

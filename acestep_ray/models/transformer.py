@@ -392,27 +392,12 @@ class ACEStepTransformer(nn.Module):
         latents: Tensor,
         timesteps: Tensor,
         *,
-        text: Tensor,
-        text_mask: Tensor,
-        speaker: Tensor,
-        lyric_ids: Tensor,
-        lyric_mask: Tensor,
-        lyric_start: Tensor | None = None,
-        dropout_seeds: Tensor | None = None,
         frame_mask: Tensor | None = None,
         with_ssl: bool = False,
+        **condition: Tensor | None,
     ) -> TransformerOutput:
-        """`encode_condition` and `decode` in one call, as training uses them."""
-        condition = self.encode_condition(
-            text=text,
-            text_mask=text_mask,
-            speaker=speaker,
-            lyric_ids=lyric_ids,
-            lyric_mask=lyric_mask,
-            lyric_start=lyric_start,
-            dropout_seeds=dropout_seeds,
-        )
-        return self.decode(latents, timesteps, condition, frame_mask, with_ssl)
+        """`decode` with what `encode_condition` makes of `condition`, in one call, as training needs it."""
+        return self.decode(latents, timesteps, self.encode_condition(**condition), frame_mask, with_ssl)
 
     def _rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_angles(positions, self.config.attention_head_dim, self.config.rope_theta)

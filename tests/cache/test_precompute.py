@@ -21,7 +21,8 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from acestep_ray.cache import parts as parts_module
 from acestep_ray.cache import precompute as precompute_module
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.precompute import PrecomputeSummary, Progress, precompute
+from acestep_ray.cache.precompute import PrecomputeSummary, precompute
+from acestep_ray.cache.progress import Progress
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.stages import Encoder, Recipe, Reject, Settings, Song, decode_song
 from acestep_ray.config import PrecomputeConfig
