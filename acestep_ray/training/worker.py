@@ -24,7 +24,7 @@ from acestep_ray.errors import AceStepError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.tracking import MLflowRun, Tracker
-from acestep_ray.training.batch import ConditionDropout, build_batch, draw
+from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
 from acestep_ray.training.loader import read_ahead
 from acestep_ray.training.lora import add_lora
 from acestep_ray.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
@@ -148,12 +148,15 @@ class Trainer:
 
     def train_step(self, step: int, batches: list[TrainingBatch]) -> None:
         """One optimizer step over this worker's micro-batches of the step."""
+        # PEFT's dropout draws from torch's own stream, which then follows from the step as all else does.
+        torch.manual_seed(counter_seed("dropout", self.config.seed, step, self.rank))
         songs_in_step = sum(len(item.songs) for item in self.plan.step(step))
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with self.sync_gradients(last), self.autocast():
-                losses = flow_matching_losses(self.model, batch.to(self.device))
+            with self.sync_gradients(last):
+                with self.autocast():
+                    losses = flow_matching_losses(self.model, batch.to(self.device))
                 total = losses.total(self.config.ssl_coeff)
                 # A mean over all songs of the step, whoever holds them; DDP divides by the number of workers.
                 (total.sum() * (self.workers / songs_in_step)).backward()
@@ -215,7 +218,7 @@ class Trainer:
 
     def validate(self, state: TrainingState) -> None:
         """Measure and log the fixed-noise loss."""
-        with self.autocast():
+        with self.evaluating(), self.autocast():
             loss = fixed_noise_loss(self.transformer, self.validation_songs(), self.sigmas, self.device)
         state.losses["fixed_noise"][str(state.step)] = loss
         self.tracker.log({state.step: {"loss/fixed_noise": loss}})
@@ -228,7 +231,7 @@ class Trainer:
         """Generate the first song's prompt and lyrics with the model as it is."""
         directory = self.settings.samples / f"step={state.step}"
         song = self.reader.read(0)
-        with self.autocast():
+        with self.evaluating(), self.autocast():
             waveform = write_sample(directory, self.transformer, song, self.config, self.device)
         self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
 
@@ -250,6 +253,15 @@ class Trainer:
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision, where it was asked for."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without PEFT's dropout."""
+        self.transformer.eval()
+        try:
+            yield
+        finally:
+            self.transformer.train()
 
     def sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients travel between workers once a step, with the last micro-batch."""
