@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -275,7 +279,7 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     )
     status = "FAILED"
     try:
-        with console:
+        with console, interruptible():
             outcome = trainer.fit().return_value
         if isinstance(outcome, AceStepError):
             raise outcome
@@ -289,6 +293,21 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     finally:
         if settings.mlflow_run is not None:
             end_mlflow_run(settings.mlflow_run, status)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a KeyboardInterrupt: Ray Train takes the signal over, ends the run in order, and calls `sys.exit`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def run_worker(loop_config: dict) -> dict | AceStepError:

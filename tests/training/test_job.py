@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sqlite3
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
-from acestep_ray.training.job import train
+from acestep_ray.training.job import interruptible, train
 from acestep_ray.training.state import WEIGHTS_FILE
 
 
@@ -104,3 +106,11 @@ def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache,
     (cache / "manifest.json").write_text(json.dumps({**manifest, "ssl": {}}))
     with pytest.raises(InputError, match="--ssl_coeff 0"):
         train(replace(config, dataset_path=str(cache)))
+
+
+def test_ray_trains_answer_to_ctrl_c_becomes_an_interrupt_and_its_handler_goes():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.exit(0)
+    assert signal.getsignal(signal.SIGINT) is before
