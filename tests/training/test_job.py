@@ -109,8 +109,16 @@ def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache,
 
 
 def test_ray_trains_answer_to_ctrl_c_becomes_an_interrupt_and_its_handler_goes():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interruptible():
+    def fit():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.exit(0)
-    assert signal.getsignal(signal.SIGINT) is before
+        with interruptible():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            sys.exit(0)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
