@@ -55,7 +55,7 @@ class TrainConfig:
     """Trains a LoRA on a feature cache."""
 
     dataset_path: str
-    """Feature cache that `precompute` wrote."""
+    """Feature cache that `precompute` wrote, or a dataset, whose features are then computed first."""
     checkpoint_dir: str
     """Checkpoint directory of the base model, in the released layout."""
     lora_config_path: str | None = None
