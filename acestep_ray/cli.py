@@ -1,4 +1,4 @@
-"""The `acestep-ray` command: one subcommand a job, and `checkpoint`.
+"""The `acestep-ray` command: one subcommand a job, `checkpoint` and `cache`.
 
 A job's module is imported when its subcommand is called, so that `--help` and a mistyped flag answer at once.
 """
@@ -41,6 +41,21 @@ CHECKPOINT_ACTIONS = {
     "tiny": "acestep_ray.tiny_checkpoint:write_tiny_checkpoint",
     "fetch": "acestep_ray.models.checkpoint:fetch_checkpoint",
 }
+CACHE_ACTIONS = {
+    "verify": (
+        "acestep_ray.cache.maintenance:verify_cache",
+        "Read every song of a feature cache and tell what is wrong.",
+    ),
+    "stats": (
+        "acestep_ray.cache.maintenance:cache_stats",
+        "Show how many songs a feature cache holds, their lengths, languages and bytes.",
+    ),
+    "prune": (
+        "acestep_ray.cache.maintenance:prune_cache",
+        "Delete what killed runs have left in a feature cache; not while precompute runs on it.",
+    ),
+}
+CACHE_HELP = "Verify a feature cache, show what it holds, or delete what killed runs have left in it."
 CHECKPOINT_HELP = "Write a tiny checkpoint with random weights, or download the released one (8.3 GB)."
 
 
@@ -102,6 +117,15 @@ def build_parser() -> ArgumentParser:
     checkpoint.add_argument("action", choices=list(CHECKPOINT_ACTIONS), help="What to do.")
     checkpoint.add_argument("dir", type=str, help="Checkpoint directory to write.")
     commands.add_subcommand("checkpoint", checkpoint, help=CHECKPOINT_HELP)
+    cache = ArgumentParser(prog="acestep-ray cache", description=CACHE_HELP)
+    commands.add_subcommand("cache", cache, help=CACHE_HELP)
+    actions = cache.add_subcommands(required=True, dest="action")
+    for name, (_, description) in CACHE_ACTIONS.items():
+        action = ArgumentParser(prog=f"acestep-ray cache {name}", description=description)
+        action.add_argument("dir", type=str, help="Feature cache: a directory, or a URL such as s3://….")
+        if name == "prune":
+            action.add_argument("--dry_run", action="store_true", help="Only list the files.")
+        actions.add_subcommand(name, action, help=description)
     return parser
 
 
@@ -118,6 +142,11 @@ def run(parsed: Namespace) -> None:
     if parsed.command == "checkpoint":
         load(CHECKPOINT_ACTIONS[settings.action])(settings.dir)
         print(f"checkpoint written to {settings.dir}")
+        return
+    if parsed.command == "cache":
+        target, _ = CACHE_ACTIONS[settings.action]
+        values = settings[settings.action].as_dict()
+        print(load(target)(values.pop("dir"), **values).render())
         return
     job = JOBS[parsed.command]
     values = {name: value for name, value in settings.as_dict().items() if name != "config"}

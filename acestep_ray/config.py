@@ -26,36 +26,67 @@ class PrepareConfig:
 
 @dataclass
 class PrecomputeConfig:
-    """Runs the frozen models once over a dataset and writes the feature cache."""
+    """Runs the frozen models once over songs and writes the feature cache."""
 
     dataset_path: str
-    """Dataset directory that `prepare` wrote."""
+    """Dataset that `prepare` wrote, a folder of songs, or a .csv or .jsonl file; a path, or an s3://, gs://, hf:// URL."""
     checkpoint_dir: str
     """Checkpoint directory in the released layout."""
     output_dir: str
-    """Where the feature cache is written."""
+    """Where the feature cache is written: a path or a URL."""
     split: str = "train"
     """Split to read when the dataset has several."""
+    features: str = "latents,text,ssl"
+    """Groups of features to compute, with commas between them; `text` is prompts and lyrics."""
+    window: str = "first"
+    """Part of each song that is used: `first`, `all` (one window after another), or `random` (one, anywhere)."""
+    window_seconds: float = 240.0
+    """Seconds of a window, 3 to 240."""
+    loudness_lufs: float | None = None
+    """Integrated loudness (LUFS) that every window is brought to; none leaves songs as loud as they are."""
     tag_shuffles: int = 4
     """How many orders of a song's tags are cached as prompts; each recaption adds one more."""
-    ssl_frame_stride: int = 1
+    ssl_frame_stride: int = 4
     """Keep every n-th frame of the SSL features; 1 keeps all."""
-    max_duration: float = 240.0
-    """Seconds of each song that are used, from its start."""
-    encoder_workers: int | None = None
-    """Encoder actors; none chooses one per GPU, or one per node where there are none."""
+    seed: int = 0
+    """Chooses the orders of the tags, and the random windows."""
+    retry_rejects: bool = False
+    """Try songs again that an earlier run rejected; else only those whose files or texts have changed."""
     device: str = "auto"
     """Device of the encoders: auto, cpu or cuda."""
-    seed: int = 0
-    """Chooses the orders of the tags."""
+    precision: str = "auto"
+    """Precision of the encoders: 32, or 16 (auto on a GPU)."""
+    batch_frames: int = 2584
+    """Latent frames (padding included) that go through the encoders at once; a 240 s song has 2,584."""
+    decode_workers: int | None = None
+    """Songs that are decoded at a time; none uses the CPUs that are free."""
+    encoder_workers: int | None = None
+    """Encoder actors; none chooses two a GPU, or one a node where there are none."""
+    encoder_gpus: float | None = None
+    """Share of a GPU that each encoder actor reserves; none divides the GPUs among them."""
+    separate_encoders: bool = False
+    """A pool of actors of its own for each of codec, text and SSL encoders, sized by the flags below."""
+    codec_workers: int | None = None
+    """Actors of the codec, with separate encoders; none chooses one a GPU, or one a node."""
+    codec_gpus: float | None = None
+    """Share of a GPU for each; 0 runs them on CPUs."""
+    text_workers: int | None = None
+    """Actors of the text encoder, with separate encoders."""
+    text_gpus: float | None = None
+    """Share of a GPU for each; 0 runs them on CPUs."""
+    ssl_workers: int | None = None
+    """Actors of the SSL encoders, with separate encoders."""
+    ssl_gpus: float | None = None
+    """Share of a GPU for each; 0 runs them on CPUs."""
 
 
 @dataclass
 class TrainConfig:
-    """Trains a LoRA on a feature cache."""
+    """Trains a LoRA on a feature cache, or on songs as they are."""
 
     dataset_path: str
-    """Feature cache that `precompute` wrote, or a dataset, whose features are then computed first."""
+    """Feature cache that `precompute` wrote, or a dataset, a folder of songs, or a .csv or .jsonl file: songs that every
+    epoch decodes and encodes again; a path or a URL."""
     checkpoint_dir: str
     """Checkpoint directory of the base model, in the released layout."""
     lora_config_path: str | None = None
@@ -105,13 +136,13 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute every block in the backward pass: less memory, about a third slower."""
     num_workers: int = 8
-    """Threads that read the cache ahead of the model."""
+    """Threads that read the cache ahead of the model; songs without a cache take one, 0 reads nothing ahead."""
     every_n_train_steps: int = 2000
     """Steps between checkpoints; the last step always writes one."""
     every_plot_step: int = 2000
     """Steps between validations: the fixed-noise loss and a generated sample."""
     plot_seconds: float | None = None
-    """Length of the generated samples; none takes the length of the first song of the cache."""
+    """Length of the generated samples; none takes the length of the first song."""
     seed: int = 1234
     """Every random draw of the run is a function of this seed, the step and the song's key."""
 

@@ -16,11 +16,20 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def two_cpus():
-    """A Ray cluster of one node with two CPUs, for every test that asks for it."""
+def two_cpus(s3):
+    """A Ray cluster of one node with two CPUs, for every test that asks for it; its workers reach the S3 server."""
     import ray
 
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A server of object storage, `s3.url(prefix)` in its bucket; Ray workers that start later reach it too."""
+    from tests.s3 import s3_server
+
+    with s3_server() as server:
+        yield server

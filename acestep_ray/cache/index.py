@@ -3,113 +3,198 @@
 from __future__ import annotations
 
 import json
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from acestep_ray.cache.schema import FORMAT_VERSION, INCOMING, MANIFEST, SAMPLES
+from acestep_ray.cache.schema import (
+    FEATURE_GROUPS,
+    FORMAT_VERSION,
+    INCOMING,
+    INDEX_SCHEMA,
+    MANIFEST,
+    SAMPLES,
+    table_from_bytes,
+)
 from acestep_ray.errors import InputError
+from acestep_ray.storage import Store
 
 _FIX = "run `acestep-ray precompute` again: it computes only what is missing"
 
 
-@dataclass(frozen=True)
+class Keys(Sequence[str]):
+    """The keys of a cache in their order, which is sorted; a million of them take 45 MB and no time to open."""
+
+    def __init__(self, array: pa.Array | pa.ChunkedArray):
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        return self._array[i].to_pylist() if isinstance(i, slice) else self._array[int(i)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), 1 << 16):
+            yield from self._array.slice(start, 1 << 16).to_pylist()
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._place(key) is not None
+
+    def index(self, key: str, start: int = 0, stop: int | None = None) -> int:
+        """Position of a key. Raises ValueError for one that is not there."""
+        place = self._place(key)
+        if place is None or place not in range(*slice(start, stop).indices(len(self))):
+            raise ValueError(f"no song has the key {key!r}")
+        return place
+
+    def _place(self, key: str) -> int | None:
+        # Arrow sorts by the bytes of UTF-8, Python by code points: the same order.
+        place = bisect_left(self, key)
+        return place if place < len(self) and self[place] == key else None
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Keys):
+            return self._array.equals(other._array)
+        return list(self) == other if isinstance(other, list) else NotImplemented
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(key) for key in self[:3])
+        return f"Keys({shown}{', …' if len(self) > 3 else ''})"
+
+
+@dataclass(frozen=True, eq=False)
 class CacheIndex:
     """The songs of a cache, sorted by key; song `i` is the same everywhere below."""
 
-    path: Path
+    store: Store
+    """The cache's directory."""
     fingerprint: str
     """Hash (hex) over every key and row fingerprint, in order."""
-    keys: list[str]
+    keys: Keys
     latent_frames: np.ndarray
     """Length of each song in latent frames, int32 (songs,)."""
     parts: list[str]
     """File names in `samples/`."""
     part_numbers: np.ndarray
     """Which of `parts` holds each song, int32 (songs,)."""
-    row_groups: np.ndarray
-    """Which row group of its part holds each song, int32 (songs,)."""
+    offsets: np.ndarray
+    """Where each song begins in its part, in bytes, int64 (songs,)."""
+    lengths: np.ndarray
+    """Bytes of each song, int64 (songs,)."""
+    features: tuple[str, ...]
+    """The feature groups that the songs have, of `FEATURE_GROUPS`."""
     ssl_dims: dict[str, int]
     """Width of the features of each SSL model; empty for a cache without SSL features."""
     ssl_frame_stride: int
-    text_dim: int
+    text_dim: int | None
+    """Width of the text embeddings; None for a cache without them."""
     speaker_dim: int
     manifest: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def position(self, key: str) -> int:
+        """Which song has this key. Raises KeyError if none has."""
+        try:
+            return self.keys.index(key)
+        except ValueError:
+            raise KeyError(key) from None
+
     @classmethod
-    def open(cls, path: str | Path) -> CacheIndex:
-        """Read the manifest and the index, not the songs. Raises InputError if `path` is no complete cache."""
-        path = Path(path)
-        manifest = _read_manifest(path)
+    def open(cls, place: str | os.PathLike[str] | Store) -> CacheIndex:
+        """Read the manifest and the index, not the songs.
+
+        Raises InputError if at this path or URL is no complete cache, or one without songs.
+        """
+        store = place if isinstance(place, Store) else Store.at(place)
+        manifest = read_manifest(store)
         if manifest["counts"]["samples"] == 0:
             raise InputError(
                 "the feature cache holds no songs",
-                where=str(path),
+                where=store.url,
                 fix="its rejects/ say why each song was left out",
             )
-        try:
-            table = pq.read_table(path / manifest["index"])
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(
-                f"the cache's index cannot be read ({error})", where=str(path), fix=_FIX
-            ) from None
-        part_column = table["part"].combine_chunks().dictionary_encode()
-        parts = part_column.dictionary.to_pylist()
-        _check_parts(path, parts)
-        return cls(
-            path=path,
+        table = read_index_table(store, manifest)
+        part = table["part"].unify_dictionaries().combine_chunks()
+        index = cls(
+            store=store,
             fingerprint=manifest["fingerprint"],
-            keys=table["key"].to_pylist(),
-            latent_frames=table["latent_frames"].to_numpy(),
-            parts=parts,
-            part_numbers=part_column.indices.to_numpy(),
-            row_groups=table["row_group"].to_numpy(),
+            keys=Keys(table["key"].combine_chunks()),
+            latent_frames=table["latent_frames"].fill_null(0).to_numpy(),
+            parts=part.dictionary.to_pylist(),
+            part_numbers=part.indices.to_numpy(),
+            offsets=table["offset"].to_numpy(),
+            lengths=table["length"].to_numpy(),
+            features=tuple(manifest["settings"].get("features", FEATURE_GROUPS)),
             ssl_dims=manifest["ssl"],
             ssl_frame_stride=manifest["settings"]["ssl_frame_stride"],
             text_dim=manifest["text_dim"],
             speaker_dim=manifest["settings"]["speaker_dim"],
             manifest=manifest,
         )
+        index._check_parts()
+        return index
+
+    def _check_parts(self) -> None:
+        """Raise InputError if a part is missing, as in a copy that was interrupted."""
+        if self.store.is_local:
+            # Sizes, for which each file is looked at, would take longer than all else.
+            folder = self.store.path / SAMPLES
+            present = set(os.listdir(folder)) if folder.is_dir() else set()
+        else:
+            present = {name.rpartition("/")[2] for name in self.store.names(SAMPLES)}
+        missing = [part for part in self.parts if part not in present]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of the cache's {len(self.parts)} parts are missing",
+                where=self.store.url_of(f"{SAMPLES}/{missing[0]}"),
+                fix=_FIX,
+            )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if not file.is_file():
-        unfinished = (path / SAMPLES).is_dir() or (path / INCOMING).is_dir()
+def read_index_table(store: Store, manifest: dict[str, Any]) -> pa.Table:
+    """The index as it is stored, `part` dictionary-encoded. Raises InputError if it is missing or damaged."""
+    try:
+        content = store.read_bytes(manifest["index"])
+        return table_from_bytes(content, INDEX_SCHEMA, "part")
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"the cache's index cannot be read ({error})", where=store.url, fix=_FIX) from None
+
+
+def read_manifest(store: Store) -> dict[str, Any]:
+    """What the cache says of itself. Raises InputError if it is not there, damaged or of another version."""
+    where = store.url_of(MANIFEST)
+    try:
+        content = store.read_bytes(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        unfinished = bool(store.names(SAMPLES) or store.names(INCOMING))
         raise InputError(
             "the feature cache is not complete" if unfinished else "this is not a feature cache",
-            where=f"{file} does not exist",
+            where=f"{where} does not exist",
             fix=_FIX if unfinished else "give the directory that `acestep-ray precompute` wrote",
-        )
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"the cache's manifest cannot be read ({error!r})", where=str(file), fix=_FIX
         ) from None
+    try:
+        manifest = json.loads(content)
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the cache's manifest cannot be read ({error!r})", where=where, fix=_FIX) from None
     if version != FORMAT_VERSION:
         raise InputError(
             f"the feature cache has the format version {version}, this program reads {FORMAT_VERSION}",
-            where=str(file),
+            where=where,
             fix="run `acestep-ray precompute` again with this version of the program",
         )
     return manifest
-
-
-def _check_parts(path: Path, parts: list[str]) -> None:
-    present = {file.name for file in (path / SAMPLES).glob("*.parquet")}
-    missing = [part for part in parts if part not in present]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of the cache's {len(parts)} parts are missing",
-            where=str(path / SAMPLES / missing[0]),
-            fix=_FIX,
-        )

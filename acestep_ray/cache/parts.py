@@ -1,259 +1,502 @@
-"""The files of a cache: rows found on disk, songs joined into part files, and the commit that makes them a cache."""
+"""The files of a cache: songs stored in parts, parts found again, and the commit that makes them the cache.
+
+A run writes parts to `.incoming/`, each followed by its sidecar, the ledger of its songs. A part without its sidecar
+does not exist: that is how a file that a killed process has left is told from one that counts, also where files
+cannot be renamed. The commit moves whole parts to `samples/` and writes one ledger of them all.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
+import os
 import shutil
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from acestep_ray.cache.schema import (
+    FORMAT_VERSION,
     INCOMING,
     INDEX_SCHEMA,
+    LEDGER_SCHEMA,
     MANIFEST,
     REJECT_SCHEMA,
     REJECTS,
     SAMPLE_SCHEMA,
     SAMPLES,
     hash_of,
-    parquet_writer,
+    song_writer,
+    table_from_bytes,
+    table_to_bytes,
     write_json,
-    written_whole,
 )
-from acestep_ray.cache.stages import Reject
-from acestep_ray.errors import InputError
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.storage import StorageError, Store
 
-_ATTEMPTS = f"{INCOMING}/attempts"
+if TYPE_CHECKING:
+    from acestep_ray.cache.stages import Reject
 
-PART_BYTES = 256 << 20
+PART_BYTES = 64 << 20
 PART_ROWS = 256
-# On average every 64th song, by its key, ends its part: a song that comes or goes moves its neighbours, not all.
-_SONGS_BETWEEN_CUTS = 64
+
+_INCOMING_PARTS = f"{INCOMING}/parts"
+_INCOMING_LEDGERS = f"{INCOMING}/ledgers"
+_INCOMING_REJECTS = f"{INCOMING}/rejects"
+_CLAIM = f"{INCOMING}/claim"
+
+_MAGIC = b"PAR1"
+# Requests to storage wait for the network, not for a core.
+_THREADS = 32
+_THREADS_OF_A_TASK = 8
+
+# Columns of a row that its ledger takes over.
+_ROW_COLUMNS = [name for name in SAMPLE_SCHEMA.names if name in LEDGER_SCHEMA.names]
+
+_T, _R = TypeVar("_T"), TypeVar("_R")
 
 
-@dataclass(frozen=True)
-class StoredRow:
-    """A song's row that is whole on disk, and what is known of it without reading its features."""
-
-    key: str
-    fingerprint: str
-    audio_sha256: str
-    speaker_sha256: str | None
-    latent_frames: int
-    duration_seconds: float
-    num_bytes: int
-    file: str
-    """Path of its file in the cache."""
-    row_group: int
+class CacheDamagedError(AceStepError):
+    """A file of the cache does not hold what the cache says it does; the message's first line says which and why."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows that share a file, sorted by key."""
-
-    rows: list[StoredRow]
-
-    @cached_property
-    def name(self) -> str:
-        return f"part-{_hash_of_rows(self.rows)[:16]}.parquet"
-
-    @property
-    def is_written(self) -> bool:
-        file = f"{SAMPLES}/{self.name}"
-        return all(row.file == file and row.row_group == i for i, row in enumerate(self.rows))
-
-
-def claim_output_dir(cache: Path) -> None:
+def claim_output_dir(cache: Store) -> None:
     """Make the directory ready for a run. Raises InputError if it holds something other than a cache."""
     fix = "give an empty or a new --output_dir"
-    if cache.is_dir() and any(cache.iterdir()) and not _is_cache(cache):
-        raise InputError(
-            "the output directory holds something that is no feature cache", where=str(cache), fix=fix
-        )
     try:
-        (cache / INCOMING).mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(cache / _ATTEMPTS, ignore_errors=True)
-    except OSError as error:
+        if not _is_cache(cache) and _holds_something(cache):
+            raise InputError(
+                "the output directory holds something that is no feature cache", where=cache.url, fix=fix
+            )
+        # Whether the place can be written to shows now, and not when the first songs are encoded.
+        cache.write_bytes(_CLAIM, b"")
+    except (OSError, StorageError) as error:
         raise InputError(
-            f"cannot write to the output directory ({error})", where=str(cache), fix=fix
+            f"cannot write to the output directory ({error})", where=cache.url, fix=fix
         ) from None
 
 
-def _is_cache(directory: Path) -> bool:
+def _is_cache(cache: Store) -> bool:
     """Whether a run has ended here, or was killed: what a cache does not list is going to be deleted."""
-    if (directory / INCOMING).is_dir():
-        return True
+    manifest = _manifest_if_readable(cache)
+    if manifest is not None:
+        return "format_version" in manifest
+    return bool(cache.names(INCOMING)) or (cache.is_local and (cache.path / INCOMING).is_dir())
+
+
+def _holds_something(cache: Store) -> bool:
+    if cache.is_local:
+        return cache.path.is_dir() and any(cache.path.iterdir())
+    return bool(cache.names())
+
+
+def _manifest_if_readable(cache: Store) -> dict[str, Any] | None:
     try:
-        return "format_version" in json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+        manifest = json.loads(cache.read_bytes(MANIFEST))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
 
 
-@contextlib.contextmanager
-def counted_attempt(cache: Path, stage: str, key: str) -> Iterator[int]:
-    """Which attempt of this run at a song this is, counted from 1, if all before it ended with their process."""
-    marker = cache / _ATTEMPTS / f"{stage}-{hash_of(key)}"
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    with open(marker, "ab") as file:
-        file.write(b".")
-        attempt = file.tell()
-    try:
-        yield attempt
-    finally:
-        marker.unlink(missing_ok=True)
+def store_rows(cache: Store, rows: Iterable[pa.Table]) -> pa.Table:
+    """Write songs, one-row tables of `SAMPLE_SCHEMA`, as one part that is safe from now on; returns its ledger."""
+    name = uuid.uuid4().hex
+    ledger = _write_part(cache, f"{_INCOMING_PARTS}/{name}.parquet", rows)
+    cache.write_bytes(f"{_INCOMING_LEDGERS}/{name}.parquet", table_to_bytes(ledger, "file"))
+    return ledger
 
 
-def incoming_file(fingerprint: str) -> str:
-    """Path in the cache of a song that no part holds yet."""
-    return f"{INCOMING}/{fingerprint[:2]}/{fingerprint}.parquet"
+def store_rejects(cache: Store, rejects: Sequence[Reject]) -> None:
+    """Write down songs that cannot be used, so that a run that goes on after a kill need not try them."""
+    if rejects:
+        cache.write_bytes(
+            f"{_INCOMING_REJECTS}/{uuid.uuid4().hex}.parquet", table_to_bytes(_reject_table(rejects))
+        )
 
 
-def row_to_bytes(row: pa.Table) -> pa.Buffer:
+def _reject_table(rejects: Iterable[Reject]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(reject) for reject in rejects], schema=REJECT_SCHEMA)
+
+
+def _write_part(cache: Store, name: str, rows: Iterable[pa.Table]) -> pa.Table:
+    """Write songs as one part file, each range of it a Parquet file of its own (see `schema`); returns its ledger."""
+    entries = []
+    with cache.writer(name) as file:
+        # The sink counts what goes through it, which is where the part's footer takes its offsets from.
+        sink = pa.PythonFile(file, mode="w")
+        with song_writer(sink) as writer:
+            for row in rows:
+                alone = _row_to_bytes(row)
+                start = sink.tell() if entries else 0
+                if entries:
+                    sink.write(_MAGIC)
+                writer.write_table(row)
+                group_length = sink.tell() - start
+                sink.write(alone.slice(group_length))
+                entries.append(_ledger_entry(row, alone, group_length, name, start))
+        num_bytes = sink.tell()
+    for entry in entries:
+        entry |= {"rows_in_file": len(entries), "bytes_in_file": num_bytes}
+    return pa.Table.from_pylist(entries, schema=LEDGER_SCHEMA)
+
+
+def _row_to_bytes(row: pa.Table) -> pa.Buffer:
     """A song's row as a Parquet file."""
+    assert row.num_rows == 1
     sink = pa.BufferOutputStream()
-    with parquet_writer(sink, SAMPLE_SCHEMA) as writer:
+    with song_writer(sink) as writer:
         writer.write_table(row)
     return sink.getvalue()
 
 
-def store_song(cache: Path, content: pa.Buffer) -> StoredRow:
-    """Write what `row_to_bytes` made of a song to the cache, safe from now on."""
-    (row,) = _rows_of(pa.BufferReader(content), file="")
-    file = incoming_file(row.fingerprint)
-    with written_whole(cache / file) as unfinished:
-        unfinished.write_bytes(content)
-    return StoredRow(**{**asdict(row), "file": file})
-
-
-def find_rows(cache: Path) -> dict[str, list[StoredRow]]:
-    """Every whole row on disk by key, those of a run that was killed included. A damaged file has none."""
-    files = sorted((cache / SAMPLES).glob("part-*.parquet")) + sorted((cache / INCOMING).glob("*/*.parquet"))
-    names = [file.relative_to(cache).as_posix() for file in files]
-    found: dict[str, list[StoredRow]] = {}
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        for rows in pool.map(lambda name: _rows_in_file(cache, name), names):
-            for row in rows:
-                found.setdefault(row.key, []).append(row)
-    return found
-
-
-def _rows_in_file(cache: Path, name: str) -> list[StoredRow]:
-    try:
-        return _rows_of(cache / name, name)
-    except (pa.ArrowException, OSError):
-        return []  # its songs are computed again, and the commit removes the file
-
-
-def _rows_of(source: Path | pa.BufferReader, file: str) -> list[StoredRow]:
-    with pq.ParquetFile(source, pre_buffer=False) as parquet:
-        if not parquet.schema_arrow.equals(SAMPLE_SCHEMA):
-            return []
-        columns = [
-            "key",
-            "fingerprint",
-            "audio_sha256",
-            "speaker_sha256",
-            "latent_frames",
-            "duration_seconds",
-        ]
-        table = parquet.read(columns=columns, use_threads=False)
-        sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
-    return [
-        StoredRow(**row, num_bytes=num_bytes, file=file, row_group=i)
-        for i, (row, num_bytes) in enumerate(zip(table.to_pylist(), sizes, strict=True))
-    ]
-
-
-def plan_parts(rows: Iterable[StoredRow]) -> list[Part]:
-    """Join rows into parts of at most `PART_BYTES` and `PART_ROWS`, in the order of their keys.
-
-    A function of the rows' keys, fingerprints and sizes alone: the same songs make the same files.
-    """
-    parts: list[Part] = []
-    current: list[StoredRow] = []
-    num_bytes = 0
-    for row in sorted(rows, key=lambda row: row.key):
-        if current and (num_bytes + row.num_bytes > PART_BYTES or len(current) == PART_ROWS):
-            parts.append(Part(current))
-            current, num_bytes = [], 0
-        current.append(row)
-        num_bytes += row.num_bytes
-        if zlib.crc32(row.key.encode()) % _SONGS_BETWEEN_CUTS == 0:
-            parts.append(Part(current))
-            current, num_bytes = [], 0
-    if current:
-        parts.append(Part(current))
-    return parts
-
-
-def write_part(cache: Path, part: Part) -> None:
-    """Copy the part's rows, one in memory at a time, from where they are into the part's file."""
-    with (
-        written_whole(cache / SAMPLES / part.name) as unfinished,
-        parquet_writer(unfinished, SAMPLE_SCHEMA) as writer,
-    ):
-        opened, source = None, None
-        for row in part.rows:
-            if row.file != opened:
-                opened, source = row.file, pq.ParquetFile(cache / row.file, pre_buffer=False)
-            writer.write_table(source.read_row_group(row.row_group))
-
-
-def read_dims(cache: Path, part: Part) -> dict[str, Any]:
-    """Widths of the features: `text_dim`, and `ssl` with that of each SSL model."""
-    with pq.ParquetFile(cache / SAMPLES / part.name, pre_buffer=False) as parquet:
-        row = parquet.read_row_group(0, columns=["text_dim", "ssl.list.element.name", "ssl.list.element.dim"])
-    song = row.to_pylist()[0]
-    return {"text_dim": song["text_dim"], "ssl": {entry["name"]: entry["dim"] for entry in song["ssl"]}}
-
-
-def commit(
-    cache: Path, parts: Sequence[Part], rejects: Sequence[Reject], manifest: Mapping[str, Any]
-) -> None:
-    """Make the parts and rejects the cache: index and rejects first, then the manifest, then nothing else is left.
-
-    Until the manifest is in place the cache is the one that it was before.
-    """
-    rows = [row for part in parts for row in part.rows]
-    fingerprint = _hash_of_rows(rows)
-    index = f"index-{fingerprint[:16]}.parquet"
-    columns = {
-        "key": [row.key for row in rows],
-        "fingerprint": [row.fingerprint for row in rows],
-        "latent_frames": [row.latent_frames for row in rows],
-        "part": [part.name for part in parts for _ in part.rows],
-        "row_group": [i for part in parts for i in range(len(part.rows))],
+def _ledger_entry(
+    row: pa.Table, alone: pa.Buffer, group_length: int, file: str, offset: int
+) -> dict[str, Any]:
+    sizes = _column_sizes(pq.read_metadata(pa.BufferReader(alone)).row_group(0))
+    # Else the part's row group would not be the one that the song's own footer speaks of.
+    assert len(_MAGIC) + sum(sizes.values()) == group_length
+    return {
+        **_ledger_columns(row.select([*_ROW_COLUMNS, "prompts"]).to_pylist()[0], sizes),
+        "file": file,
+        "offset": offset,
+        "length": alone.size,
     }
-    _write_table(cache / index, pa.table(columns, schema=INDEX_SCHEMA))
-
-    listed = [asdict(reject) for reject in sorted(rejects, key=lambda reject: reject.key)]
-    rejects_file = f"part-{hash_of(listed)[:16]}.parquet"
-    _write_table(cache / REJECTS / rejects_file, pa.Table.from_pylist(listed, schema=REJECT_SCHEMA))
-
-    write_json(cache / MANIFEST, {**manifest, "fingerprint": fingerprint, "index": index})
-
-    kept = {cache / index, cache / REJECTS / rejects_file, *(cache / SAMPLES / part.name for part in parts)}
-    for pattern in ("index-*.parquet", f"{SAMPLES}/part-*.parquet", f"{REJECTS}/part-*.parquet"):
-        for file in set(cache.glob(pattern)) - kept:
-            file.unlink()
-    for unfinished in (*cache.glob(".*.tmp"), *cache.glob("*/.*.tmp")):
-        unfinished.unlink()
-    shutil.rmtree(cache / INCOMING, ignore_errors=True)
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
-    with written_whole(path) as unfinished, parquet_writer(unfinished, table.schema) as writer:
-        writer.write_table(table)
+def _column_sizes(group: pq.RowGroupMetaData) -> dict[str, int]:
+    """Bytes of each column of a song by the name of its root in the schema."""
+    sizes: dict[str, int] = {}
+    for i in range(group.num_columns):
+        column = group.column(i)
+        root = column.path_in_schema.partition(".")[0]
+        sizes[root] = sizes.get(root, 0) + column.total_compressed_size
+    return sizes
 
 
-def _hash_of_rows(rows: Iterable[StoredRow]) -> str:
-    return hash_of([[row.key, row.fingerprint] for row in rows])
+def _ledger_columns(row: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        **{name: row[name] for name in _ROW_COLUMNS},
+        "latents_bytes": sizes["latents"],
+        "text_bytes": sizes["text_embeddings"],
+        "ssl_bytes": sizes["ssl"],
+        "prompt_count": len(row["prompts"] or ()),
+    }
+
+
+def find_rows(cache: Store) -> pa.Table:
+    """The ledger of every whole row on disk: those of the cache first, then those of a run that was killed.
+
+    A file that is missing, cut short or unreadable has none. A key may be there more than once: with other
+    fingerprints, and with the same one where a worker died after it had stored a block that was computed again.
+    """
+    sizes = {name: status.size for name, status in cache.names(SAMPLES, ".parquet").items()}
+    sizes |= {name: status.size for name, status in cache.names(_INCOMING_PARTS, ".parquet").items()}
+    committed = _committed_table(cache, "ledger", LEDGER_SCHEMA, "file")
+    described = set(committed["file"].unique().to_pylist())
+    ledgers = [committed]
+    sidecars = cache.names(_INCOMING_LEDGERS, ".parquet")
+    for name, ledger in zip(sidecars, _map(lambda name: _sidecar(cache, name), sidecars), strict=True):
+        part = f"{_INCOMING_PARTS}/{name.removeprefix(_INCOMING_LEDGERS + '/')}"
+        if len(ledger) and part not in sizes:
+            part = _part_name(ledger)  # a commit that was killed has moved it already
+        if part not in described:
+            described.add(part)
+            ledgers.append(_with_files(ledger, pa.repeat(part, len(ledger))))
+    # Parts that no ledger speaks of any more speak for themselves.
+    strays = [name for name in sizes if name.startswith(f"{SAMPLES}/") and name not in described]
+    ledgers += _map(lambda name: ledger_of_part(cache, name), strays)
+    rows = pa.concat_tables(ledgers)
+    files = rows.select(["file", "bytes_in_file"]).group_by("file").aggregate([("bytes_in_file", "min")])
+    whole = [
+        file
+        for file, num_bytes in zip(
+            files["file"].to_pylist(), files["bytes_in_file_min"].to_pylist(), strict=True
+        )
+        if sizes.get(file) == num_bytes
+    ]
+    return rows.filter(pc.is_in(rows["file"], pa.array(whole, pa.string())))
+
+
+def find_rejects(cache: Store) -> pa.Table:
+    """The rejects of the cache, and then of a run that was killed, in the columns of `REJECT_SCHEMA`."""
+
+    def read(name: str) -> pa.Table:
+        return _readable_table(cache, name, REJECT_SCHEMA)
+
+    committed = _committed_table(cache, "rejects", REJECT_SCHEMA)
+    return pa.concat_tables([committed, *_map(read, cache.names(_INCOMING_REJECTS, ".parquet"))])
+
+
+def _committed_table(cache: Store, name: str, schema: pa.Schema, repeated: str | None = None) -> pa.Table:
+    """A table that the manifest names; empty where there is none of this format."""
+    manifest = _manifest_if_readable(cache)
+    if manifest is None or manifest.get("format_version") != FORMAT_VERSION or name not in manifest:
+        return schema.empty_table()
+    return _readable_table(cache, manifest[name], schema, repeated)
+
+
+def _sidecar(cache: Store, name: str) -> pa.Table:
+    return _readable_table(cache, name, LEDGER_SCHEMA, "file")
+
+
+def _readable_table(cache: Store, name: str, schema: pa.Schema, repeated: str | None = None) -> pa.Table:
+    """A table of the cache; empty if its file is missing or damaged: what it told of is then computed again."""
+    try:
+        content = cache.read_bytes(name)
+    except FileNotFoundError:
+        return schema.empty_table()
+    try:
+        return table_from_bytes(content, schema, repeated).cast(schema)
+    except (pa.ArrowException, OSError):
+        return schema.empty_table()
+
+
+def ledger_of_part(cache: Store, name: str) -> pa.Table:
+    """The ledger of a part in `samples/`, read from the part itself; empty if it is damaged or of another format."""
+    try:
+        with cache.open(name) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
+            if not parquet.schema_arrow.equals(SAMPLE_SCHEMA):
+                return LEDGER_SCHEMA.empty_table()
+            columns = [*_ROW_COLUMNS, "prompts"]
+            rows = parquet.read(columns=columns, use_threads=False).to_pylist()
+            groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+            footer_bytes = parquet.metadata.serialized_size
+            num_bytes = file.seek(0, os.SEEK_END)
+    except (pa.ArrowException, OSError):
+        return LEDGER_SCHEMA.empty_table()
+    starts = [group.column(0).data_page_offset - len(_MAGIC) for group in groups]
+    # The part's own footer is followed by its length, four bytes, and the magic.
+    ends = [*starts[1:], num_bytes - footer_bytes - 4 - len(_MAGIC)]
+    entries = [
+        {
+            **_ledger_columns(row, _column_sizes(group)),
+            "file": name,
+            "offset": start,
+            "length": end - start,
+            "rows_in_file": len(groups),
+            "bytes_in_file": num_bytes,
+        }
+        for row, group, start, end in zip(rows, groups, starts, ends, strict=True)
+    ]
+    return pa.Table.from_pylist(entries, schema=LEDGER_SCHEMA)
+
+
+@dataclass(frozen=True)
+class CommitPlan:
+    """What has to happen to the files before the rows can be committed."""
+
+    kept: pa.Table
+    """Ledger of the rows whose files stay as they are."""
+    repack: list[pa.Table]
+    """Ledgers of the rows that need another file, one for each new part."""
+
+
+def plan_commit(rows: pa.Table) -> CommitPlan:
+    """Which of the wanted rows are to be joined into new parts.
+
+    A part stays as it is if all its songs are wanted and it is not small, that is, if it has at least half of
+    `PART_BYTES` or of `PART_ROWS`. The songs of all others are joined in the order of their keys, unless there is
+    only one such part and all its songs are wanted: what is once committed is not written again.
+    """
+    files = rows.group_by("file").aggregate([("length", "sum"), ("key", "count"), ("rows_in_file", "min")])
+    wanted = files["key_count"].to_numpy()
+    complete = wanted == files["rows_in_file_min"].to_numpy()
+    small = (files["length_sum"].to_numpy() < PART_BYTES / 2) & (wanted < PART_ROWS / 2)
+    loose = ~complete | small
+    if loose.sum() == 1 and complete[loose].all():
+        loose[:] = False
+    is_loose = pc.is_in(rows["file"], files["file"].filter(pa.array(loose)).combine_chunks())
+    return CommitPlan(kept=rows.filter(pc.invert(is_loose)), repack=_grouped(rows.filter(is_loose)))
+
+
+def _grouped(rows: pa.Table) -> list[pa.Table]:
+    """Rows in the order of their keys, in groups of at most `PART_BYTES` and `PART_ROWS`.
+
+    Songs that fill half a part are alone in theirs. So at most one group is small, and what is grouped once is not
+    grouped again by the next run.
+    """
+    rows = rows.sort_by("key")
+    groups: list[list[int]] = []
+    current: list[int] = []
+    num_bytes = 0
+    for i, length in enumerate(rows["length"].to_numpy().tolist()):
+        if length >= PART_BYTES / 2:
+            groups.append([i])
+            continue
+        if current and (num_bytes + length > PART_BYTES or len(current) == PART_ROWS):
+            groups.append(current)
+            current, num_bytes = [], 0
+        current.append(i)
+        num_bytes += length
+    if current:
+        groups.append(current)
+    return [rows.take(group) for group in groups]
+
+
+def repack(cache: Store, rows: pa.Table) -> pa.Table:
+    """Copy songs from where they are into one new part in `.incoming/`; returns its ledger.
+
+    Raises CacheDamagedError for a song that cannot be read.
+    """
+    places = list(zip(*(rows[name].to_pylist() for name in ("file", "offset", "length", "key")), strict=True))
+    with ThreadPoolExecutor(_THREADS_OF_A_TASK) as pool:
+        songs = pool.map(lambda place: read_row(cache, *place), places)
+        return store_rows(cache, songs)
+
+
+def read_row(
+    cache: Store,
+    file: str,
+    offset: int,
+    length: int,
+    key: str,
+    columns: Sequence[str] | None = None,
+    checksums: bool = False,
+) -> pa.Table:
+    """A song's row from its bytes in a part, in one request.
+
+    Raises CacheDamagedError if the bytes are not those of this song; with `checksums` also if any of them has changed.
+    """
+    try:
+        content = cache.read_range(file, offset, length)
+    except FileNotFoundError:
+        raise damaged(cache, file, key, "the file does not exist") from None
+    try:
+        # Threads of the caller read ahead; more inside each read would only get in their way.
+        with pq.ParquetFile(
+            pa.BufferReader(content), pre_buffer=False, page_checksum_verification=checksums
+        ) as parquet:
+            row = parquet.read(columns=columns, use_threads=False)
+        if row["key"].to_pylist() == [key]:
+            return row
+        reason = f"found {row['key'].to_pylist()}"
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())
+    raise damaged(cache, file, key, reason)
+
+
+def damaged(cache: Store, file: str, key: str, reason: str) -> CacheDamagedError:
+    """The error for a song that its part does not hold as it should."""
+    return CacheDamagedError(
+        f"the song {key!r} cannot be read from {cache.url_of(file)} ({reason})\n"
+        f"  → run `acestep-ray cache verify {cache.url}`"
+    )
+
+
+def read_dims(cache: Store, rows: pa.Table) -> dict[str, Any]:
+    """Widths of the features: `text_dim`, None without them, and `ssl` with that of each SSL model."""
+    if not len(rows):
+        return {"text_dim": None, "ssl": {}}
+    first = rows.slice(0, 1).to_pylist()[0]
+    place = [first[name] for name in ("file", "offset", "length", "key")]
+    row = read_row(cache, *place, columns=["key", "text_dim", "ssl"]).to_pylist()[0]
+    return {
+        "text_dim": row["text_dim"],
+        "ssl": {entry["name"]: entry["dim"] for entry in row["ssl"] or ()},
+    }
+
+
+def commit(cache: Store, rows: pa.Table, rejects: Sequence[Reject], manifest: Mapping[str, Any]) -> None:
+    """Make these rows and rejects the cache: parts, index, ledger and rejects, then the manifest, then nothing else.
+
+    Until the manifest is in place the cache is the one that it was before. Each of the rows' files has to hold
+    these rows and no others; `plan_commit` says which do not.
+    """
+    rows = _move_parts(cache, rows).sort_by("key")
+    keys = rows["key"]
+    assert pc.count_distinct(keys).as_py() == len(keys), "a key is there twice"
+    index = rows.select(["key", "latent_frames", "file", "offset", "length"]).rename_columns(
+        INDEX_SCHEMA.names
+    )
+    parts = pc.utf8_slice_codeunits(index["part"], start=len(SAMPLES) + 1)
+    index = index.set_column(INDEX_SCHEMA.get_field_index("part"), "part", parts)
+    listed = _reject_table(sorted(rejects, key=lambda reject: reject.key))
+    written = {
+        "index": _write_table(cache, "index", index, "part"),
+        "ledger": _write_table(cache, "ledger", rows, "file"),
+        "rejects": _write_table(cache, f"{REJECTS}/part", listed),
+    }
+    write_json(cache, MANIFEST, {**manifest, "fingerprint": fingerprint_of(rows), **written})
+    files = {MANIFEST, *written.values(), *rows["file"].unique().to_pylist()}
+    delete_leftovers(cache, leftovers(cache, files))
+
+
+def _move_parts(cache: Store, rows: pa.Table) -> pa.Table:
+    """Move parts from `.incoming/` to `samples/`; returns the ledger with their new names."""
+    rows = rows.sort_by([("file", "ascending"), ("offset", "ascending")])
+    files = rows["file"].combine_chunks().dictionary_encode()
+    starts = np.flatnonzero(np.diff(files.indices.to_numpy(), prepend=-1))
+    names, moves = files.dictionary.to_pylist(), []
+    for i, part in enumerate(rows.slice(start, end - start) for start, end in pairwise([*starts, len(rows)])):
+        assert part["rows_in_file"][0].as_py() == len(part), f"{names[i]} holds other rows too"
+        if names[i].startswith(f"{INCOMING}/"):
+            moves.append((names[i], _part_name(part)))
+            names[i] = moves[-1][1]
+    _map(lambda names: cache.move(*names), moves)
+    return _with_files(rows, pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string())))
+
+
+def _part_name(part: pa.Table) -> str:
+    """Name of a part in `samples/`: the same songs in the same order, stored in as many bytes, have the same."""
+    columns = (part[name].to_pylist() for name in ("key", "fingerprint", "length"))
+    return f"{SAMPLES}/part-{hash_of(list(zip(*columns, strict=True)))[:16]}.parquet"
+
+
+def _with_files(rows: pa.Table, files: pa.Array) -> pa.Table:
+    i = LEDGER_SCHEMA.get_field_index("file")
+    return rows.set_column(i, LEDGER_SCHEMA.field(i), files.cast(pa.string()))
+
+
+def _write_table(cache: Store, prefix: str, table: pa.Table, repeated: str | None = None) -> str:
+    content = table_to_bytes(table, repeated)
+    name = f"{prefix}-{content_hash(content)}.parquet"
+    cache.write_bytes(name, content)
+    return name
+
+
+def content_hash(content: Any) -> str:
+    """The HASH in the name of an index, a ledger or rejects."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def fingerprint_of(rows: pa.Table) -> str:
+    """Hash (hex) over every key and fingerprint of a ledger that is sorted by key."""
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), 1 << 16):
+        some = rows.slice(start, 1 << 16)
+        digest.update(hash_of(some["key"].to_pylist(), some["fingerprint"].to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def leftovers(cache: Store, reached: set[str]) -> list[str]:
+    """Files of the format that are not among those that a manifest reaches; other files are nobody's business."""
+    return [name for name in cache.names() if name not in reached and _is_of_the_format(name)]
+
+
+def _is_of_the_format(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    if folder == INCOMING or folder.startswith(f"{INCOMING}/"):
+        return True
+    prefixes = {"": ("index-", "ledger-"), SAMPLES: ("part-",), REJECTS: ("part-",)}
+    return file.startswith(prefixes.get(folder, ())) and file.endswith(".parquet")
+
+
+def delete_leftovers(cache: Store, names: Sequence[str]) -> None:
+    """Delete these files, what was half-written, and `.incoming/`."""
+    cache.delete(names)
+    cache.delete_unfinished()
+    if cache.is_local:
+        shutil.rmtree(cache.path / INCOMING, ignore_errors=True)
+
+
+def _map(function: Callable[[_T], _R], values: Iterable[_T]) -> list[_R]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, values))

@@ -1,67 +1,57 @@
-"""The `precompute` job: a dataset's songs through the frozen models into the feature cache, once, on Ray.
+"""The `precompute` job: songs through the frozen models into the feature cache, once, on Ray.
 
-    dataset rows ─▶ decode (tasks) ─▶ encode (actors, one a GPU) ─▶ store (tasks, a file a song) ─▶ receipts
+What earlier runs have left is found (`outcomes`), the rest goes through the stages of `graph`, which decode, encode and
+store song after song in bounded memory.
 
 A stored song survives whatever comes after it: a rerun finds it and computes only what is missing. Once every song is
-stored or rejected, the songs are joined into part files, and the manifest is written, which makes them a cache.
+stored or rejected, small files are joined, and the manifest is written, which makes them a cache.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
 import torch
-from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError, RayTaskError
 
 import acestep_ray
+from acestep_ray.cache.graph import EncoderPool, Graph
+from acestep_ray.cache.outcomes import (
+    Candidate,
+    Outcomes,
+    check_complete,
+    first_of_each,
+    rejects_of,
+    unchanged_songs,
+)
 from acestep_ray.cache.parts import (
-    Part,
-    StoredRow,
     claim_output_dir,
     commit,
-    counted_attempt,
+    find_rejects,
     find_rows,
-    plan_parts,
+    plan_commit,
     read_dims,
-    row_to_bytes,
-    store_song,
-    write_part,
+    repack,
 )
 from acestep_ray.cache.progress import Progress
-from acestep_ray.cache.schema import FORMAT_VERSION, hash_of
-from acestep_ray.cache.stages import (
-    DecodedSong,
-    Encoder,
-    Recipe,
-    Reject,
-    Settings,
-    Song,
-    decode_song,
-    files_unchanged,
-)
+from acestep_ray.cache.schema import FEATURE_GROUPS, FORMAT_VERSION, LEDGER_SCHEMA, hash_of
+from acestep_ray.cache.stages import WINDOWS, Recipe, Reject, Settings, Song
 from acestep_ray.config import PrecomputeConfig
+from acestep_ray.data.audio import MIN_SECONDS
 from acestep_ray.data.lyrics import LyricTokenizer
-from acestep_ray.data.schema import RejectReason, open_dataset
+from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.ray_runtime import connect
+from acestep_ray.storage import Store
 
 if TYPE_CHECKING:
     # Imported where it is used: the workers that only decode need no models, whose libraries load for seconds.
@@ -69,53 +59,55 @@ if TYPE_CHECKING:
 
 LONGEST_SECONDS = 240.0
 
-# Fractions, so that every stage finds a place beside the encoder on a machine with two cores.
-_DECODE_CPUS = 0.5
-_STORE_CPUS = 0.25
 _FILE_CPUS = 0.5
 _FILE_RETRIES = 3
-# Ray Data retries without end what a dead worker was doing: nobody would wait for a song that kills its worker.
-_ATTEMPTS = 3
-_SONGS_PER_BLOCK = 32
+_SONGS_PER_TASK = 128
+# Two actors a GPU: while one copies a song's audio and builds rows, the other computes.
+_ACTORS_PER_GPU = 2
+_GPU_SHARES = {"latents": 0.45, "ssl": 0.45, "text": 0.1}
 _LISTED_REJECTS = 10
 
 
 @dataclass(frozen=True)
 class PrecomputeSummary:
-    """What a run found, computed and left out: `inputs` is `samples` and `rejects` together."""
+    """What a run found, computed and left out: `inputs` is `computed`, `unchanged` and `rejects` together."""
 
     inputs: int
+    """Songs; with `--window all` windows of songs."""
     samples: int
+    """In the cache now: those computed and those unchanged."""
     unchanged: int
     computed: int
     rejects: list[Reject]
     ssl_names: list[str]
     seconds_of_audio: float
     """Of all samples, padding excluded."""
+    num_bytes: int
+    """Of all samples."""
     wall_seconds: float
     output_dir: str
+    warnings: list[str] = field(default_factory=list)
 
     def render(self) -> str:
         """The summary as a few lines of text."""
         hours, minutes = divmod(round(self.seconds_of_audio / 60), 60)
         lines = [
             f"feature cache  {self.output_dir}",
-            f"  songs        {self.inputs}",
-            f"  samples      {self.samples} ({self.computed} computed, {self.unchanged} unchanged), "
-            f"{hours} h {minutes:02d} min of audio",
+            f"  inputs       {self.inputs} = {self.computed} samples + {len(self.rejects)} rejects "
+            f"+ {self.unchanged} unchanged",
+            f"  samples      {self.samples}, {hours} h {minutes:02d} min of audio, {self.num_bytes / 1e6:,.1f} MB",
             f"  rejects      {len(self.rejects)}",
         ]
         for reason, count in Counter(reject.reason for reject in self.rejects).most_common():
-            lines.append(f"    {reason:<10} {count}")
+            lines.append(f"    {reason:<12} {count}")
         lines += [f"    {reject.key}: {reject.message}" for reject in self.rejects[:_LISTED_REJECTS]]
         if len(self.rejects) > _LISTED_REJECTS:
             lines.append(f"    … the others are in {self.output_dir}/rejects")
         if self.ssl_names:
             lines.append(f"  SSL          {', '.join(self.ssl_names)}")
         else:
-            lines.append(
-                "  SSL          none: the checkpoint has no mert/ or mhubert/, train with --ssl_coeff 0"
-            )
+            lines.append("  SSL          none: train with --ssl_coeff 0")
+        lines += [f"  warning      {warning}" for warning in self.warnings[:_LISTED_REJECTS]]
         lines.append(f"  took         {self.wall_seconds:.0f} s")
         return "\n".join(lines)
 
@@ -129,76 +121,111 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
     from acestep_ray.models.checkpoint import CheckpointDir
 
     started = time.monotonic()
-    _check_settings(config)
+    features = check_settings(config)
+    songs = SongTable.open(config.dataset_path, config.split)
     # Workers on other nodes have another working directory.
-    dataset_dir, cache = os.path.abspath(config.dataset_path), Path(os.path.abspath(config.output_dir))
-    dataset = open_dataset(dataset_dir, config.split)
-    checkpoint = CheckpointDir.open(os.path.abspath(config.checkpoint_dir))
-    recipe = _recipe(config, checkpoint)
-    keys = dataset["keys"][:]
+    checkpoint = CheckpointDir.open(Store.at(config.checkpoint_dir).url)
+    cache = Store.at(config.output_dir)
     claim_output_dir(cache)
     connect()
-    pool = _EncoderPool.choose(config)
+    pools = choose_pools(config, features, checkpoint)
+    recipe = make_recipe(config, checkpoint, features, device=pools[0].device)
+    run = _Run(songs, cache, recipe, checkpoint, pools, config)
 
     with _faults_explained():
-        rows = _find_unchanged(dataset, dataset_dir, find_rows(cache), recipe)
-        unchanged = len(rows)
-        pending = [i for i, key in enumerate(keys) if key not in rows]
-        rejects: list[Reject] = []
-        progress = Progress(len(pending), unchanged)
-        songs = (Song.from_row(dataset[i]) for i in pending)
-        for outcome in _encode(songs, len(pending), dataset_dir, checkpoint, recipe, cache, pool):
-            if isinstance(outcome, Reject):
-                rejects.append(outcome)
-            else:
-                rows[outcome.key] = outcome
-            progress.show(done=len(rows) - unchanged + len(rejects), rejected=len(rejects))
-        progress.close()
-        _check_complete(keys, rows, rejects)
-        parts = plan_parts(rows.values())
-        missing = [(cache, part) for part in parts if not part.is_written]
-        for _ in _map_tasks(write_part, missing):
-            pass
-    rejects.sort(key=lambda reject: reject.key)
-    commit(cache, parts, rejects, _manifest(dataset, recipe, checkpoint, cache, parts, rejects))
-    if not rows:
+        kept_rows, kept_rejects = run.find_unchanged()
+        new_rows, new_rejects = run.compute(
+            {*kept_rows["song_key"].to_pylist(), *(r.song_key for r in kept_rejects)}
+        )
+        rows = pa.concat_tables([kept_rows, new_rows])
+        rejects = sorted([*kept_rejects, *new_rejects], key=lambda reject: reject.key)
+        check_complete(songs.keys, rows, rejects)
+        plan = plan_commit(rows)
+        rows = pa.concat_tables([plan.kept, *_map_tasks(repack, ((cache, part) for part in plan.repack))])
+    commit(cache, rows, rejects, run.manifest(rows, rejects))
+    if not len(rows):
         first = "".join(f"\n  - {reject.filename}: {reject.message}" for reject in rejects[:_LISTED_REJECTS])
-        raise InputError(f"none of the {len(rejects)} songs can be used{first}", where=dataset_dir)
+        raise InputError(f"none of the {len(rejects)} songs can be used{first}", where=songs.root.url)
     return PrecomputeSummary(
-        inputs=len(keys),
+        inputs=len(rows) + len(rejects),
         samples=len(rows),
-        unchanged=unchanged,
-        computed=len(rows) - unchanged,
+        unchanged=len(kept_rows),
+        computed=len(new_rows),
         rejects=rejects,
-        ssl_names=list(checkpoint.ssl_names),
-        seconds_of_audio=sum(row.duration_seconds for row in rows.values()),
+        ssl_names=list(checkpoint.ssl_names) if "ssl" in features else [],
+        seconds_of_audio=sum(rows["duration_seconds"].to_pylist()),
+        num_bytes=sum(rows["length"].to_pylist()),
         wall_seconds=time.monotonic() - started,
-        output_dir=str(cache),
+        output_dir=cache.url,
+        warnings=songs.warnings,
     )
 
 
-def _check_settings(config: PrecomputeConfig) -> None:
+# --- settings ----------------------------------------------------------------------------------------------
+
+
+def check_settings(config: PrecomputeConfig) -> tuple[str, ...]:
+    """Raise InputError for values that cannot be computed with; returns the groups of features, in their order."""
+    workers = ("encoder_workers", "codec_workers", "ssl_workers", "text_workers", "decode_workers")
+    shares = ("encoder_gpus", "codec_gpus", "ssl_gpus", "text_gpus")
+    longest = f"at least {MIN_SECONDS:g} and at most {LONGEST_SECONDS:g}"
     allowed = [
         ("tag_shuffles", config.tag_shuffles >= 1, "at least 1"),
         ("ssl_frame_stride", config.ssl_frame_stride >= 1, "at least 1"),
+        ("window", config.window in WINDOWS, ", ".join(WINDOWS)),
+        ("window_seconds", MIN_SECONDS <= config.window_seconds <= LONGEST_SECONDS, longest),
         (
-            "max_duration",
-            0 < config.max_duration <= LONGEST_SECONDS,
-            f"above 0 and at most {LONGEST_SECONDS:g}",
+            "loudness_lufs",
+            config.loudness_lufs is None or -70 <= config.loudness_lufs <= 0,
+            "-70 to 0 (LUFS), or left out",
         ),
-        ("encoder_workers", config.encoder_workers is None or config.encoder_workers >= 1, "at least 1"),
+        ("batch_frames", config.batch_frames >= 1, "at least 1"),
         ("device", config.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+        ("precision", config.precision in ("auto", "32", "16"), "auto, 32 or 16"),
+        *(
+            (name, getattr(config, name) is None or getattr(config, name) >= 1, "at least 1")
+            for name in workers
+        ),
+        *(
+            (name, getattr(config, name) is None or 0 <= getattr(config, name) <= 1, "0 to 1")
+            for name in shares
+        ),
     ]
     for name, is_allowed, values in allowed:
         if not is_allowed:
             raise InputError(f"--{name} is {getattr(config, name)}, it has to be {values}")
+    wanted = [name.strip() for name in config.features.split(",")]
+    unknown = [name for name in wanted if name not in FEATURE_GROUPS]
+    if unknown:
+        raise InputError(
+            f"--features has {', '.join(map(repr, unknown))}", fix=f"choose from {','.join(FEATURE_GROUPS)}"
+        )
+    return tuple(name for name in FEATURE_GROUPS if name in wanted)
 
 
-def _recipe(config: PrecomputeConfig, checkpoint: CheckpointDir) -> Recipe:
-    models = {part: checkpoint.fingerprint(part) for part in ("codec", "text_encoder", *checkpoint.ssl_names)}
-    models["lyric_tokenizer"] = LyricTokenizer.from_file(checkpoint.lyric_vocab_path()).fingerprint
+def make_recipe(
+    config: PrecomputeConfig, checkpoint: CheckpointDir, features: Sequence[str], device: str
+) -> Recipe:
+    """What rows are made from: the settings and the fingerprints of the models that take part."""
+    parts: list[str] = []
+    if "latents" in features:
+        parts.append("codec")
+    if "text" in features:
+        parts.append("text_encoder")
+    if "ssl" in features:
+        parts += checkpoint.ssl_names
+    models = {part: checkpoint.fingerprint(part) for part in parts}
+    if "text" in features:
+        models["lyric_tokenizer"] = LyricTokenizer.from_file(checkpoint.lyric_vocab_path()).fingerprint
+    precision = config.precision
+    if precision == "auto":
+        precision = "16" if device == "cuda" else "32"
     settings = Settings(
-        max_duration=config.max_duration,
+        window=config.window,
+        window_seconds=config.window_seconds,
+        loudness_lufs=config.loudness_lufs,
+        features=tuple(features),
+        precision=precision,
         tag_shuffles=config.tag_shuffles,
         ssl_frame_stride=config.ssl_frame_stride,
         seed=config.seed,
@@ -207,70 +234,138 @@ def _recipe(config: PrecomputeConfig, checkpoint: CheckpointDir) -> Recipe:
     return Recipe(settings, models)
 
 
-@dataclass(frozen=True)
-class _EncoderPool:
-    """Where the encoders run."""
+def choose_pools(
+    config: PrecomputeConfig, features: tuple[str, ...], checkpoint: CheckpointDir
+) -> list[EncoderPool]:
+    """One pool of actors with all models, or with `--separate_encoders` one for each group of features.
 
-    device: str
-    actors: int
-    num_cpus: float
-    """Reserved for each actor; on a CPU also its number of threads, at least one."""
-    num_gpus: float
-
-    @classmethod
-    def choose(cls, config: PrecomputeConfig) -> _EncoderPool:
-        """One actor a GPU, or a node without GPUs, unless the settings say how many."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = int(sum(node.get("GPU", 0) for node in nodes))
-        device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
-        if device == "cuda":
-            if not gpus:
-                raise InputError(
-                    "--device is cuda, and the Ray cluster has no GPU",
-                    fix="give --device cpu, or start Ray where torch sees a GPU",
-                )
-            actors = config.encoder_workers or gpus
-            return cls(device, actors, num_cpus=1, num_gpus=1 / -(-actors // gpus))
-        cores = [node["CPU"] for node in nodes if node.get("CPU")]
-        if not cores:
-            raise InputError("the Ray cluster has no CPUs", fix="start Ray with --num-cpus 2 or more")
-        actors = config.encoder_workers or len(cores)
-        share = min(cores) / -(-actors // len(cores))
-        # Whole cores but one, or where that leaves none half of the share: decoding needs the rest.
-        return cls(device, actors, num_cpus=int(share - 1) if share >= 2 else share / 2, num_gpus=0)
-
-
-def _find_unchanged(
-    dataset: datasets.Dataset, dataset_dir: str, stored: dict[str, list[StoredRow]], recipe: Recipe
-) -> dict[str, StoredRow]:
-    """Rows on disk, by key, that are what this run would compute."""
-    candidates = _candidates(dataset, stored, recipe) if stored else iter(())
-    batches = iter(lambda: list(islice(candidates, _SONGS_PER_BLOCK)), [])
-    found = _map_tasks(_unchanged_rows, ((dataset_dir, batch) for batch in batches))
-    return {row.key: row for rows in found for row in rows}
+    Raises InputError where the cluster has no place for them.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cores = [node["CPU"] for node in nodes if node.get("CPU")]
+    if not cores:
+        raise InputError("the Ray cluster has no CPUs", fix="start Ray with --num-cpus 2 or more")
+    device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
+    if device == "cuda" and not gpus:
+        raise InputError(
+            "--device is cuda, and the Ray cluster has no GPU",
+            fix="give --device cpu, or start Ray where torch sees a GPU",
+        )
+    if "ssl" in features and not checkpoint.ssl_names:
+        features = tuple(name for name in features if name != "ssl") or features
+    if not config.separate_encoders:
+        if device == "cpu":
+            return [_cpu_pool(features, config.encoder_workers or len(cores), cores)]
+        actors = config.encoder_workers or _ACTORS_PER_GPU * gpus
+        share = config.encoder_gpus if config.encoder_gpus is not None else 1 / -(-actors // gpus)
+        return [EncoderPool(features, device, actors, num_cpus=1, num_gpus=share)]
+    pools = []
+    for group in features:
+        flag = {"latents": "codec"}.get(group, group)
+        actors, share = getattr(config, f"{flag}_workers"), getattr(config, f"{flag}_gpus")
+        if device == "cpu" or share == 0:
+            pools.append(_cpu_pool((group,), actors or len(cores), cores, pools=len(features)))
+            continue
+        share = share if share is not None else _GPU_SHARES[group]
+        pools.append(EncoderPool((group,), device, actors or gpus, num_cpus=0.5, num_gpus=share))
+    return pools
 
 
-def _candidates(
-    dataset: datasets.Dataset, stored: dict[str, list[StoredRow]], recipe: Recipe
-) -> Iterator[tuple[Song, StoredRow]]:
-    """Rows on disk that are still right if the files of their songs have not changed, which takes reading them."""
-    for song in _songs(dataset):
-        for row in stored.get(song.key, ()):
-            if row.fingerprint == recipe.row_fingerprint(song, row.audio_sha256, row.speaker_sha256):
-                yield song, row
-                break
+def _cpu_pool(features: tuple[str, ...], actors: int, cores: list[float], pools: int = 1) -> EncoderPool:
+    share = min(cores) / -(-actors // len(cores)) / pools
+    # Whole cores but one, or where that leaves none half of the share: decoding needs the rest.
+    num_cpus = int(share - 1) if share >= 2 else share / 2
+    return EncoderPool(features, "cpu", actors, num_cpus, num_gpus=0)
 
 
-def _unchanged_rows(dataset_dir: str, candidates: list[tuple[Song, StoredRow]]) -> list[StoredRow]:
-    return [
-        row
-        for song, row in candidates
-        if files_unchanged(dataset_dir, song, row.audio_sha256, row.speaker_sha256)
-    ]
+# --- the run -----------------------------------------------------------------------------------------------
 
 
-def _songs(dataset: datasets.Dataset) -> Iterator[Song]:
-    return (Song.from_row(row) for row in dataset)
+@dataclass
+class _Run:
+    songs: SongTable
+    cache: Store
+    recipe: Recipe
+    checkpoint: CheckpointDir
+    pools: list[EncoderPool]
+    config: PrecomputeConfig
+
+    def find_unchanged(self) -> tuple[pa.Table, list[Reject]]:
+        """What is on disk, rows and rejects, and is what this run would compute."""
+        rows, rejects = find_rows(self.cache), rejects_of(find_rejects(self.cache))
+        if self.config.retry_rejects:
+            rejects = []
+        outcomes = Outcomes(rows, rejects)
+        candidates = self._candidates(outcomes)
+        batches = iter(lambda: list(islice(candidates, _SONGS_PER_TASK)), [])
+        calls = ((self.songs.root, self.recipe, batch) for batch in batches)
+        unchanged = {key for keys in _map_tasks(unchanged_songs, calls) for key in keys}
+        return outcomes.of(unchanged)
+
+    def _candidates(self, outcomes: Outcomes) -> Iterator[Candidate]:
+        """Songs on disk that are still right if their files have not changed, which takes a look at those."""
+        if not outcomes:
+            return
+        for values in self.songs:
+            song = Song.from_row(values)
+            candidate = outcomes.candidate(song, self.recipe)
+            if candidate is not None:
+                yield candidate
+
+    def compute(self, known: set[str]) -> tuple[pa.Table, list[Reject]]:
+        """Rows and rejects of the songs whose keys are not known yet."""
+        pending = len(self.songs.keys) - len(known)
+        progress = Progress(pending, len(known))
+        rows, rejects, done = [LEDGER_SCHEMA.empty_table()], [], 0
+        if pending:
+            values = (row for row in self.songs if row["keys"] not in known)
+            graph = Graph(
+                root=self.songs.root,
+                cache=self.cache,
+                checkpoint_dir=str(self.checkpoint.path),
+                recipe=self.recipe,
+                pools=self.pools,
+                batch_frames=self.config.batch_frames,
+                decode_workers=self.config.decode_workers,
+            )
+            for ledger, rejected in graph.run((Song.from_row(row) for row in values), pending):
+                rows.append(ledger)
+                rejects += rejected
+                done += sum(ledger["is_last_window"].to_pylist()) + sum(r.is_last_window for r in rejected)
+                progress.show(done=done, rejected=len(rejects))
+        progress.close()
+        return first_of_each(pa.concat_tables(rows)), list({r.key: r for r in rejects}.values())
+
+    def manifest(self, rows: pa.Table, rejects: list[Reject]) -> dict[str, Any]:
+        settings = asdict(self.recipe.settings)
+        models = dict(self.recipe.models)
+        if "lyric_tokenizer" in models:
+            models["lyric_vocab"] = self.checkpoint.fingerprint("lyric_vocab")
+        return {
+            "format_version": FORMAT_VERSION,
+            "created_by": {
+                "acestep_ray": acestep_ray.__version__,
+                "torch": torch.__version__,
+                "pyarrow": pa.__version__,
+            },
+            "dataset": {"songs": len(self.songs), "fingerprint": _fingerprint(self.songs)},
+            "checkpoint": models,
+            "settings": {**settings, "features": list(settings["features"])},
+            "counts": {
+                "inputs": len(rows) + len(rejects),
+                "samples": len(rows),
+                "rejects": len(rejects),
+            },
+            **(read_dims(self.cache, rows) if len(rows) else {"text_dim": None, "ssl": {}}),
+        }
+
+
+def _fingerprint(songs: SongTable) -> str:
+    fingerprint = ""
+    for row in songs:
+        fingerprint = hash_of(fingerprint, asdict(Song.from_row(row)))
+    return fingerprint
 
 
 def _map_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -288,168 +383,7 @@ def _map_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -
         yield from ray.get(done)
 
 
-def _encode(
-    songs: Iterator[Song],
-    count: int,
-    dataset_dir: str,
-    checkpoint: CheckpointDir,
-    recipe: Recipe,
-    cache: Path,
-    pool: _EncoderPool,
-) -> Iterator[StoredRow | Reject]:
-    """Decode, encode and store songs; yields what became of each, in the order in which they end."""
-    if not count:
-        return
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True
-    # Every song a block of its own, 92 MB when decoded, so that none waits for another.
-    context.target_max_block_size = 1
-    # Small blocks let a small dataset spread over the cluster, and a large one needs no million of them.
-    per_block = min(_SONGS_PER_BLOCK, -(-count // int(4 * ray.cluster_resources()["CPU"])))
-    blocks = iter(lambda: list(islice(songs, per_block)), [])
-    with DataContext.current(context):
-        dataset = (
-            ray.data.from_arrow([_song_table(block) for block in blocks])
-            .map_batches(
-                partial(_decode, dataset_dir=dataset_dir, cache=str(cache), settings=recipe.settings),
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=_DECODE_CPUS,
-            )
-            .map_batches(
-                _Encode,
-                fn_constructor_args=(str(checkpoint.path), str(cache), recipe, pool),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=min(pool.actors, count)),
-                num_cpus=pool.num_cpus,
-                num_gpus=pool.num_gpus,
-            )
-            .map_batches(
-                partial(_store, cache=str(cache)),
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=_STORE_CPUS,
-            )
-        )
-        for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for receipt in receipts["receipt"].to_pylist():
-                yield _read_receipt(receipt)
-
-
-def _song_table(songs: list[Song]) -> pa.Table:
-    return pa.table({"song": [json.dumps(asdict(song)) for song in songs]})
-
-
-def _decode(batch: pa.Table, dataset_dir: str, cache: str, settings: Settings) -> pa.Table:
-    """Stage of one song: `song` → `decoded` (everything but the arrays), `wave`, `speaker`; or a receipt."""
-    song = Song(**json.loads(batch["song"][0].as_py()))
-    with _plain_faults(song.key), counted_attempt(Path(cache), "decode", song.key) as attempt:
-        if attempt > _ATTEMPTS:
-            message = f"reading the file has ended its process {_ATTEMPTS} times"
-            decoded = Reject.of(song, RejectReason.CORRUPT, message)
-        else:
-            decoded = decode_song(dataset_dir, song, settings)
-        if isinstance(decoded, Reject):
-            return _decoded_table(receipt=_write_receipt(decoded))
-        header = {
-            name: getattr(decoded, name) for name in ("audio_sha256", "speaker_sha256", "duration_seconds")
-        }
-        return _decoded_table(
-            decoded=json.dumps({**header, "song": asdict(song)}), wave=decoded.wave, speaker=decoded.speaker
-        )
-
-
-def _decoded_table(
-    receipt: str | None = None,
-    decoded: str | None = None,
-    wave: np.ndarray | None = None,
-    speaker: np.ndarray | None = None,
-) -> pa.Table:
-    columns = {"receipt": pa.array([receipt], pa.string()), "decoded": pa.array([decoded], pa.string())}
-    for name, array in (("wave", wave), ("speaker", speaker)):
-        columns[name] = _binary(None if array is None else np.ascontiguousarray(array).data.cast("B"))
-    return pa.table(columns)
-
-
-def _binary(content: memoryview | None) -> pa.Array:
-    return pa.array([content], pa.large_binary())
-
-
-def _read_decoded(batch: pa.Table) -> DecodedSong:
-    header = json.loads(batch["decoded"][0].as_py())
-    speaker = batch["speaker"][0]
-    return DecodedSong(
-        **{**header, "song": Song(**header["song"])},
-        wave=np.frombuffer(batch["wave"][0].as_buffer(), np.float32).reshape(2, -1),
-        speaker=np.frombuffer(speaker.as_buffer(), np.float32) if speaker.is_valid else None,
-    )
-
-
-class _Encode:
-    """Stage of one song, on an actor that keeps the models: what `_decode` gave → `receipt` or `row`."""
-
-    def __init__(self, checkpoint_dir: str, cache: str, recipe: Recipe, pool: _EncoderPool):
-        self.checkpoint_dir = checkpoint_dir
-        self.cache = Path(cache)
-        self.recipe = recipe
-        self.device = pool.device
-        self.encoder: Encoder | None = None
-        if pool.device == "cpu":
-            torch.set_num_threads(max(1, int(pool.num_cpus)))
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        receipt, row = batch["receipt"][0].as_py(), None
-        if receipt is None:
-            decoded = _read_decoded(batch)
-            key = decoded.song.key
-            with _plain_faults(key), counted_attempt(self.cache, "encode", key) as attempt:
-                if attempt > _ATTEMPTS:
-                    raise RuntimeError(f"encoding has ended its process {_ATTEMPTS} times (out of memory?)")
-                outcome = self._models().encode_song(decoded)
-            if isinstance(outcome, Reject):
-                receipt = _write_receipt(outcome)
-            else:
-                row = memoryview(row_to_bytes(outcome))
-        return pa.table({"receipt": pa.array([receipt], pa.string()), "row": _binary(row)})
-
-    def _models(self) -> Encoder:
-        # Loaded for the first song that decodes: a rerun that only meets old rejects loads nothing.
-        if self.encoder is None:
-            from acestep_ray.models.checkpoint import CheckpointDir
-
-            self.encoder = Encoder.load(CheckpointDir.open(self.checkpoint_dir), self.recipe, self.device)
-        return self.encoder
-
-
-def _store(batch: pa.Table, cache: str) -> pa.Table:
-    """Stage of one song: `row`, if there is one, to a file of the cache; what is left is the receipt."""
-    row = batch["row"][0]
-    if row.is_valid:
-        return pa.table({"receipt": [_write_receipt(store_song(Path(cache), row.as_buffer()))]})
-    return batch.select(["receipt"])
-
-
-def _write_receipt(outcome: StoredRow | Reject) -> str:
-    return json.dumps([type(outcome).__name__, asdict(outcome)])
-
-
-def _read_receipt(receipt: str) -> StoredRow | Reject:
-    kind, fields = json.loads(receipt)
-    return {"StoredRow": StoredRow, "Reject": Reject}[kind](**fields)
-
-
-@contextlib.contextmanager
-def _plain_faults(key: str) -> Iterator[None]:
-    """Raises a fault as one that survives the way to the driver: some libraries' errors cannot be unpickled."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise RuntimeError(f"{type(error).__name__} at song {key!r}: {error}") from error
+# --- faults ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -482,38 +416,3 @@ def _faults_explained() -> Iterator[None]:
 def _is_worth_showing(record: logging.LogRecord) -> bool:
     """Warnings, such as that of a cluster without room for the encoders; errors are told by what is raised."""
     return record.levelno == logging.WARNING and not record.getMessage().startswith("Progress bars disabled")
-
-
-def _check_complete(keys: Iterable[str], rows: dict[str, StoredRow], rejects: list[Reject]) -> None:
-    """Every input row is in exactly one of samples and rejects, or Ray Data has lost or doubled one."""
-    inputs, outcomes = Counter(keys), Counter([*rows, *(reject.key for reject in rejects)])
-    wrong = sorted((inputs - outcomes) | (outcomes - inputs))
-    if wrong:
-        raise AceStepError(f"{len(wrong)} songs were lost or doubled on the way, among them {wrong[0]!r}")
-
-
-def _manifest(
-    dataset: datasets.Dataset,
-    recipe: Recipe,
-    checkpoint: CheckpointDir,
-    cache: Path,
-    parts: list[Part],
-    rejects: list[Reject],
-) -> dict[str, Any]:
-    samples = sum(len(part.rows) for part in parts)
-    digest = hashlib.sha256()
-    for song in _songs(dataset):
-        digest.update(hash_of(asdict(song)).encode())
-    return {
-        "format_version": FORMAT_VERSION,
-        "created_by": {
-            "acestep_ray": acestep_ray.__version__,
-            "torch": torch.__version__,
-            "pyarrow": pa.__version__,
-        },
-        "dataset": {"fingerprint": digest.hexdigest()},
-        "checkpoint": {**recipe.models, "lyric_vocab": checkpoint.fingerprint("lyric_vocab")},
-        "settings": asdict(recipe.settings),
-        "counts": {"inputs": samples + len(rejects), "samples": samples, "rejects": len(rejects)},
-        **(read_dims(cache, parts[0]) if parts else {"text_dim": None, "ssl": {}}),
-    }

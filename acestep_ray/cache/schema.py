@@ -1,24 +1,30 @@
 """The feature cache on disk: columns, files, manifest, and the song that training reads from it.
 
-    manifest.json               what the cache is made of; written last, it names the index
-    index-HASH.parquet          one small row a song: key, fingerprint, length, where its row lies
-    samples/part-HASH.parquet   one row and one row group a song, sorted by key
+    manifest.json               what the cache is made of; written last, it names the three files below
+    index-HASH.parquet          where each song lies and how long it is, sorted by key: all that training opens
+    ledger-HASH.parquet         what a rerun and `cache stats` want to know of each song, in the order of the index
     rejects/part-HASH.parquet   songs that could not be used, and why
-    .incoming/                  songs of a run that has not ended; gone when it has
+    samples/part-HASH.parquet   some dozens of songs
+    .incoming/                  parts and rejects of a run that has not ended; gone when it has
 
-A HASH is that of the rows' fingerprints, so a file's name says its content and no file is ever changed in place.
+A part is a Parquet file with one row and one row group a song. Before each row group it holds the magic `PAR1`, and
+behind it the footer of a file of this one song:
+
+    PAR1 [row group 0] [footer 0] PAR1   PAR1 [row group 1] [footer 1] PAR1   …   [footer of the part] PAR1
+    └──────────── song 0 ────────────┘   └──────────── song 1 ────────────┘
+
+So the bytes of a song are a complete Parquet file of one row, read in one request and without the part's own footer,
+while other readers find a plain Parquet file: they follow the last footer, which does not mention what lies between
+the row groups.
+
+A HASH is that of what the file holds, so its name says its content and no file is ever changed in place.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,42 +34,60 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 1
+    from acestep_ray.storage import Store
+
+FORMAT_VERSION = 2
 LATENT_CHANNELS, LATENT_HEIGHT = 8, 16
 
 MANIFEST = "manifest.json"
 SAMPLES, REJECTS, INCOMING = "samples", "rejects", ".incoming"
+
+FEATURE_GROUPS = ("latents", "text", "ssl")
+"""Groups of features; a row's columns of a group that the run did not choose are null."""
+
+
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    # Parquet's name for the items, so that what is read has the type of what was written.
+    return pa.list_(pa.field("element", kind))
+
 
 SAMPLE_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("fingerprint", pa.string()),
         ("filename", pa.string()),
+        # The key of the dataset's row: several windows of one song share it.
+        ("song_key", pa.string()),
+        ("window", pa.int32()),
+        ("is_last_window", pa.bool_()),
+        ("start_seconds", pa.float64()),
+        ("audio_version", pa.string()),
         ("audio_sha256", pa.string()),
         ("speaker_sha256", pa.string()),
+        ("speaker_version", pa.string()),
         ("duration_seconds", pa.float64()),
         # float16 (8, 16, latent_frames), little-endian, C order; so are all arrays below.
-        ("latents", pa.large_binary()),
+        ("latents", pa.binary()),
         ("latent_frames", pa.int32()),
-        ("prompts", pa.list_(pa.struct([("source", pa.string()), ("text", pa.string())]))),
+        ("prompts", _list_of(pa.struct([("source", pa.string()), ("text", pa.string())]))),
         # float16 (tokens, text_dim), one for each prompt.
-        ("text_embeddings", pa.list_(pa.large_binary())),
+        ("text_embeddings", _list_of(pa.binary())),
         ("text_dim", pa.int32()),
         # Empty for a song without lyrics.
-        ("lyric_ids", pa.list_(pa.int32())),
-        ("lyric_languages", pa.list_(pa.string())),
+        ("lyric_ids", _list_of(pa.int32())),
+        ("lyric_languages", _list_of(pa.string())),
         # float32 (speaker_dim,), or null.
-        ("speaker", pa.large_binary()),
+        ("speaker", pa.binary()),
         # `frames` counts the features before the stride; `directions` is int8 (ceil(frames / stride), dim).
         (
             "ssl",
-            pa.list_(
+            _list_of(
                 pa.struct(
                     [
                         ("name", pa.string()),
                         ("frames", pa.int32()),
                         ("dim", pa.int32()),
-                        ("directions", pa.large_binary()),
+                        ("directions", pa.binary()),
                     ]
                 )
             ),
@@ -71,17 +95,61 @@ SAMPLE_SCHEMA = pa.schema(
     ]
 )
 
-REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "filename", "stage", "reason", "message")])
+REJECT_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("song_key", pa.string()),
+        ("window", pa.int32()),
+        ("is_last_window", pa.bool_()),
+        ("filename", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("fingerprint", pa.string()),
+        ("audio_version", pa.string()),
+    ]
+)
 
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("fingerprint", pa.string()),
         ("latent_frames", pa.int32()),
+        # Name of a file in samples/, and the song's bytes in it.
         ("part", pa.string()),
-        ("row_group", pa.int32()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
     ]
 )
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("song_key", pa.string()),
+        ("window", pa.int32()),
+        ("is_last_window", pa.bool_()),
+        ("fingerprint", pa.string()),
+        ("audio_sha256", pa.string()),
+        ("audio_version", pa.string()),
+        ("speaker_sha256", pa.string()),
+        ("speaker_version", pa.string()),
+        ("latent_frames", pa.int32()),
+        ("duration_seconds", pa.float64()),
+        # Name of the part in the cache, and the song's bytes in it.
+        ("file", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        # Of the whole part: a part that is cut short, or that holds more songs than are wanted, shows.
+        ("rows_in_file", pa.int32()),
+        ("bytes_in_file", pa.int64()),
+        # For `cache stats`.
+        ("latents_bytes", pa.int64()),
+        ("text_bytes", pa.int64()),
+        ("ssl_bytes", pa.int64()),
+        ("prompt_count", pa.int32()),
+        ("lyric_languages", _list_of(pa.string())),
+    ]
+)
+"""What is known of a stored song without reading it; the first columns are those of `SAMPLE_SCHEMA`."""
 
 
 @dataclass
@@ -124,28 +192,52 @@ def hash_of(*values: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to; on success the file is at `path`, whole and on disk, and never half-written there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+def song_writer(sink: Any) -> pq.ParquetWriter:
+    """A writer of rows of `SAMPLE_SCHEMA` that makes each table a row group.
+
+    Uncompressed: features hardly shrink, and plain pages read 4 × faster. With checksums, which `cache verify` reads.
+    """
+    return pq.ParquetWriter(
+        sink,
+        SAMPLE_SCHEMA,
+        compression="NONE",
+        use_dictionary=False,
+        write_statistics=["key"],
+        write_page_checksum=True,
+        # 5 kB a song, and Parquet's own types are the schema's.
+        store_schema=False,
+    )
+
+
+def table_to_bytes(table: pa.Table, repeated: str | None = None) -> pa.Buffer:
+    """A compressed Parquet file; the values of the column `repeated` are written once each."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.combine_chunks(),  # the same rows make the same bytes
+        sink,
+        compression="zstd",
+        use_dictionary=[] if repeated is None else [repeated],
+        dictionary_pagesize_limit=1 << 30,
+        write_statistics=False,
+    )
+    return sink.getvalue()
+
+
+def table_from_bytes(content: Any, schema: pa.Schema, repeated: str | None = None) -> pa.Table:
+    """What `table_to_bytes` wrote; the column `repeated` is dictionary-encoded. Raises ArrowException or OSError."""
     try:
-        yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def parquet_writer(sink: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer that makes each table a row group, uncompressed: features hardly shrink, plain pages read 4 × faster."""
-    return pq.ParquetWriter(sink, schema, compression="NONE", use_dictionary=False, write_statistics=["key"])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, whole or not at all."""
-    with written_whole(path) as unfinished:
-        unfinished.write_text(
-            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        parquet = pq.ParquetFile(
+            pa.BufferReader(content), read_dictionary=None if repeated is None else [repeated]
         )
+    except KeyError as error:
+        raise pa.ArrowInvalid(f"it has no column {error}") from None
+    with parquet:
+        if parquet.schema_arrow.names != schema.names:
+            raise pa.ArrowInvalid(f"its columns are {', '.join(parquet.schema_arrow.names)}")
+        return parquet.read()
+
+
+def write_json(store: Store, name: str, value: Any) -> None:
+    """`value` as indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    store.write_bytes(name, text.encode())

@@ -21,8 +21,16 @@ from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from acestep_ray.config import PrepareConfig
 from acestep_ray.data.schema import dataset_features
-from acestep_ray.data.sources import TABLE_SUFFIXES, Findings, SourceSong, songs_of_folder, songs_of_table
+from acestep_ray.data.sources import (
+    TABLE_SUFFIXES,
+    Findings,
+    SourceSong,
+    place_of,
+    songs_of_folder,
+    songs_of_table,
+)
 from acestep_ray.errors import InputError
+from acestep_ray.storage import Store, StoredFile, is_url
 
 MARKER = "prepare.json"
 """File in a dataset directory that says it was written here, and from what."""
@@ -69,19 +77,27 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     Raises InputError with every problem and its file: a missing audio file, a duplicate key, a text that is
     not UTF-8, no songs at all.
     """
+    _refuse_urls(config)
     source, output = Path(config.data_dir).resolve(), Path(config.output_dir).resolve()
     _check_settings(config, source)
     _check_output(source, output)
     findings = Findings()
-    songs = songs_of_folder(source, findings) if source.is_dir() else songs_of_table(source, findings)
+    folder = source if source.is_dir() else source.parent
+    if source.is_dir():
+        songs = list(songs_of_folder(Store.at(source), findings))
+    else:
+        songs = list(songs_of_table(StoredFile.at(source), findings))
     if not songs and not findings.problems:
         raise InputError("there are no songs", where=str(source), fix=_expected_in(source))
+    for song in songs:
+        findings.problems += song.problems
+        _check_files(song, folder, findings)
     _check_keys(songs, findings)
     _stop_on_problems(findings, source)
     test_keys = _choose_test_songs([song.key for song in songs], config.test_fraction, config.seed)
     if not sys.stderr.isatty():
         disable_progress_bars()  # of `datasets`: they fill a log with lines
-    splits = _write(songs, test_keys, config, output)
+    splits = _write(songs, folder, test_keys, config, output)
     return PrepareSummary(
         output_dir=str(output),
         songs=len(songs),
@@ -90,6 +106,17 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
         without_lyrics=sum(not song.lyrics for song in songs),
         warnings=findings.warnings,
     )
+
+
+def _refuse_urls(config: PrepareConfig) -> None:
+    for name in ("data_dir", "output_dir"):
+        if is_url(getattr(config, name)):
+            raise InputError(
+                f"--{name} is a URL, and prepare works on local directories",
+                where=getattr(config, name),
+                fix="give songs in object storage to precompute as they are: --dataset_path takes a folder or a "
+                "table of songs too",
+            )
 
 
 def _check_settings(config: PrepareConfig, source: Path) -> None:
@@ -144,7 +171,31 @@ def _expected_in(source: Path) -> str:
     return "write one row for each song, with at least the column filename"
 
 
-# --- a folder of songs -------------------------------------------------------------------------------------
+def _path_of(filename: str, folder: Path) -> Path:
+    return Path(os.path.normpath(folder / filename))
+
+
+def _check_files(song: SourceSong, folder: Path, findings: Findings) -> None:
+    for filename in (song.filename, song.speaker):
+        if not filename:
+            continue
+        origin = song.origin if filename == song.filename else f"{song.origin}: {filename}"
+        if is_url(filename):
+            findings.problems.append(
+                f"{origin}: a URL; prepare reads local files, precompute reads the table as it is"
+            )
+        else:
+            _check_readable(_path_of(filename, folder), origin, findings)
+
+
+def _check_readable(path: Path, origin: str, findings: Findings) -> None:
+    if not os.path.exists(path):
+        target = " (a broken link)" if os.path.islink(path) else ""
+        findings.problems.append(f"{origin}: the file does not exist{target}")
+    elif not os.path.isfile(path):
+        findings.problems.append(f"{origin}: not a file")
+    elif not os.access(path, os.R_OK):
+        findings.problems.append(f"{origin}: the file may not be read (its permissions)")
 
 
 def _check_keys(songs: list[SourceSong], findings: Findings) -> None:
@@ -178,7 +229,7 @@ def _choose_test_songs(keys: list[str], fraction: float, seed: int) -> set[str]:
 
 
 def _write(
-    songs: list[SourceSong], test_keys: set[str], config: PrepareConfig, output: Path
+    songs: list[SourceSong], folder: Path, test_keys: set[str], config: PrepareConfig, output: Path
 ) -> dict[str, int]:
     """Writes a dataset beside `output` and renames it into place; returns the number of rows of each split."""
     partial = output.with_name(f".{output.name}.partial")
@@ -186,7 +237,7 @@ def _write(
     try:
         _remove(partial)
         partial.mkdir(parents=True)
-        splits = _write_into(partial, songs, test_keys, config)
+        splits = _write_into(partial, songs, folder, test_keys, config)
         if os.path.exists(output):
             _remove(previous)
             output.rename(previous)
@@ -216,7 +267,7 @@ def _remove(directory: Path) -> None:
 
 
 def _write_into(
-    directory: Path, songs: list[SourceSong], test_keys: set[str], config: PrepareConfig
+    directory: Path, songs: list[SourceSong], folder: Path, test_keys: set[str], config: PrepareConfig
 ) -> dict[str, int]:
     audio, speakers = _FileStore(directory, "audio"), _FileStore(directory, "speakers")
     recaption_names = {name for song in songs for name in song.recaption}
@@ -224,10 +275,10 @@ def _write_into(
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for song in songs:
         row = {
-            "filename": audio.add(song.audio, song.audio_place),
+            "filename": audio.add(_path_of(song.filename, folder), place_of(song.filename, Store.at(folder))),
             "tags": song.tags,
             "norm_lyrics": song.lyrics,
-            "speaker_emb_path": speakers.add(song.speaker, song.speaker.name) if song.speaker else "",
+            "speaker_emb_path": _stored_speaker(song, folder, speakers),
             "recaption": song.recaption,  # a dict in every row, also without recaptions: readers call its methods
         }
         if language:
@@ -245,6 +296,11 @@ def _write_into(
     marker = {"format": 1, "settings": asdict(config), "songs": len(songs), "rows": counts}
     (directory / MARKER).write_text(json.dumps(marker, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return counts
+
+
+def _stored_speaker(song: SourceSong, folder: Path, speakers: _FileStore) -> str:
+    path = _path_of(song.speaker, folder)
+    return speakers.add(path, path.name) if song.speaker else ""
 
 
 def _repeated_keys(key: str, repeat_count: int) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import posixpath
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -15,6 +18,7 @@ import pyarrow as pa
 from datasets import Features, List, Value
 
 from acestep_ray.errors import InputError
+from acestep_ray.storage import Store, StoredFile, is_url
 
 REQUIRED_COLUMNS = ("keys", "filename")
 
@@ -24,6 +28,7 @@ FALLBACK_RECAPTION = "simplified"
 # Files of `datasets.save_to_disk`: the one of a DatasetDict, and the one of a Dataset.
 _SPLIT_LISTING = "dataset_dict.json"
 _STATE = "state.json"
+_INFO = "dataset_info.json"
 
 _LISTED = 5
 
@@ -44,6 +49,7 @@ class RejectReason(str, Enum):
     CORRUPT = "corrupt", "decode", "the audio is damaged or cut off"
     SILENT = "silent", "decode", "the audio is mostly silence"
     BAD_PATH = "bad_path", "decode", "the file name is empty, malformed or leaves the dataset directory"
+    BAD_TEXT = "bad_text", "text", "a text beside the song cannot be read"
     BAD_LYRICS = "bad_lyrics", "text", "the lyrics cannot be turned into tokens"
     BAD_SPEAKER = "bad_speaker", "text", "the speaker embedding is missing, malformed or of a wrong size"
     ENCODER = "encoder", "encode", "a model failed on the song or gave values that are not finite"
@@ -54,6 +60,11 @@ class RejectReason(str, Enum):
         member.stage = stage
         member.meaning = meaning
         return member
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether storage or a disk failed, not the song: such a song is tried again in every run."""
+        return self is RejectReason.UNREADABLE
 
     def __str__(self) -> str:
         return self.value
@@ -101,12 +112,21 @@ def row_text(row: Mapping[str, Any], column: str) -> str:
 def open_dataset(path: str | os.PathLike[str], split: str = "train") -> datasets.Dataset:
     """One split of a dataset directory, checked: columns and their types, keys unique, no empty file name.
 
-    A directory that holds a single dataset has the split `train` alone.
+    A directory that holds a single dataset has the split `train` alone. Of a directory in object storage, the rows
+    are copied to a temporary place on disk (not the audio), and mapped into memory from there.
 
     Raises InputError for every mistake.
     """
-    where = str(path)
-    dataset = _load_split(Path(path), split).with_format(None)
+    store = Store.at(path)
+    where = store.url if is_url(path) else str(path)
+    if store.is_local:
+        dataset = _load_split(store.path, split, where)
+    else:
+        # Files that are mapped stay readable when they are deleted.
+        with tempfile.TemporaryDirectory(prefix="acestep-ray-") as copy:
+            _copy_split(store, split, Path(copy))
+            dataset = _load_split(Path(copy), split, where)
+    dataset = dataset.with_format(None)
     if len(dataset) == 0:
         raise _no_rows(where)
     missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
@@ -119,13 +139,36 @@ def open_dataset(path: str | os.PathLike[str], split: str = "train") -> datasets
     _check_types(dataset.features.arrow_schema, where)
     for name in REQUIRED_COLUMNS:
         _check_filled(name, dataset[name][:], where)
-    _check_unique(dataset["keys"][:], where)
+    check_unique_keys(dataset["keys"][:], where)
     return dataset
 
 
 def is_dataset_dir(path: str | os.PathLike[str]) -> bool:
     """Whether a directory holds a Hugging Face dataset, single or with splits; its content is not checked."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in (_SPLIT_LISTING, _STATE))
+    store = Store.at(path)
+    return any(store.status(name) is not None for name in (_SPLIT_LISTING, _STATE))
+
+
+def locate_file(root: Store, filename: str) -> StoredFile:
+    """The file that a row names: relative to `root`, an absolute path on this machine, or a URL with `://`.
+
+    Only `/` separates folders; a backslash is a character like any other. Symbolic links are followed, also those
+    that lead out of a local `root`: whoever made the dataset made the links. The file need not exist.
+
+    Raises InputError if the name is empty or malformed, or if its `..` lead out of `root`.
+    """
+    if not filename.strip() or "\0" in filename:
+        raise InputError("a file name is empty or malformed", where=repr(filename))
+    if is_url(filename) or filename.startswith("/"):
+        return StoredFile.at(filename)
+    name = posixpath.normpath(filename)
+    if name in (".", "..") or name.startswith("../"):
+        raise InputError(
+            "a file name leaves the dataset directory",
+            where=filename,
+            fix=f"keep the file inside {root.url}, or give its absolute path or URL",
+        )
+    return root.file(name)
 
 
 def resolve_audio_path(dataset_dir: str | os.PathLike[str], filename: str) -> Path:
@@ -152,15 +195,37 @@ def _no_rows(where: str) -> InputError:
     return InputError("the dataset has no rows", where=where, fix="prepare it from at least one song")
 
 
-def _load_split(directory: Path, split: str) -> datasets.Dataset:
-    where = str(directory)
+def _copy_split(store: Store, split: str, target: Path) -> None:
+    """Copies the rows of a dataset's split; files that are missing or damaged are left to `_load_split`."""
+    folder = ""
+    with contextlib.suppress(FileNotFoundError):
+        listing = store.read_bytes(_SPLIT_LISTING)
+        (target / _SPLIT_LISTING).write_bytes(listing)
+        folder = split
+    try:
+        state = store.read_bytes(posixpath.join(folder, _STATE))
+        (target / folder).mkdir(exist_ok=True)
+        (target / folder / _STATE).write_bytes(state)
+        content = json.loads(state)
+        files = [
+            entry["filename"] for entry in content["_data_files"] + (content.get("_indices_data_files") or [])
+        ]
+        for name in [_INFO, *files]:
+            # A name with folders could lead anywhere on this machine.
+            if name == posixpath.basename(name):
+                store.download(posixpath.join(folder, name), target / folder / name)
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return
+
+
+def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
     if not os.path.isdir(directory):
         what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise InputError(
             f"the dataset {what}", where=where, fix="give the directory that `acestep-ray prepare` wrote"
         )
     try:
-        splits = _split_directories(directory)
+        splits = _split_directories(directory, where)
         if split not in splits:
             raise InputError(
                 f"the dataset has no split {split!r}",
@@ -185,7 +250,7 @@ def _load_split(directory: Path, split: str) -> datasets.Dataset:
         ) from None
 
 
-def _split_directories(directory: Path) -> dict[str, Path]:
+def _split_directories(directory: Path, where: str) -> dict[str, Path]:
     """Where each split lies: a DatasetDict lists them in `dataset_dict.json`, a Dataset has `state.json`."""
     listing = directory / _SPLIT_LISTING
     if listing.is_file():
@@ -197,7 +262,7 @@ def _split_directories(directory: Path) -> dict[str, Path]:
         fix = "this is a feature cache; give the dataset that it was computed from"
     else:
         fix = "make a dataset of your songs with `acestep-ray prepare`, and give its output directory"
-    raise InputError("the directory holds no Hugging Face dataset", where=str(directory), fix=fix)
+    raise InputError("the directory holds no Hugging Face dataset", where=where, fix=fix)
 
 
 def _check_types(schema: pa.Schema, where: str) -> None:
@@ -242,7 +307,8 @@ def _check_filled(column: str, values: list[str | None], where: str) -> None:
         )
 
 
-def _check_unique(keys: list[str], where: str) -> None:
+def check_unique_keys(keys: list[str], where: str) -> None:
+    """Raises InputError for keys that occur more than once."""
     repeated = [key for key, count in Counter(keys).items() if count > 1]
     if repeated:
         raise InputError(

@@ -1,24 +1,30 @@
-"""Songs as a user keeps them: a folder of audio with texts beside it, or a table of songs.
+"""Songs as a user keeps them: a folder of audio with texts beside it, or a table of songs; local or in object storage.
 
-Everything that is wrong is noted with its file, and reading goes on, so that all of it is told at once.
+What is wrong with one song is noted in it, what is wrong with the whole source in the findings; reading goes on, so
+that all of it is told at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
+import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from itertools import chain, islice
+from pathlib import PurePosixPath
 from typing import Any
 
-from acestep_ray.data.audio import AUDIO_SUFFIXES, UNSUPPORTED_SUFFIXES
+from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES, UNSUPPORTED_SUFFIXES
+from acestep_ray.storage import AccessDeniedError, Store, StoredFile, is_url
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
@@ -40,89 +46,116 @@ _RECAPTION_ENDINGS = ("_recaption.json",)
 _TEXT_ENDINGS = _PROMPT_ENDINGS + _LYRICS_ENDINGS + _RECAPTION_ENDINGS
 
 
+# A request for a small text is mostly waiting.
+_READERS = 32
+_SONGS_AT_ONCE = 1024
+
+# Python's own limit for a cell, 128 K characters, is less than some lyrics.
+_LONGEST_CELL = 2**26
+
+
 @dataclass(frozen=True)
 class SourceSong:
     """One song with its texts; the files are where the user keeps them."""
 
     origin: str  # the file or table row that a message names
     key: str
-    audio: Path
-    audio_place: str  # wanted path below audio/ in the dataset
+    filename: str  # relative to the source's folder, an absolute path, or a URL
     tags: list[str]
     lyrics: str
     recaption: dict[str, str]
-    speaker: Path | None
+    speaker: str  # as `filename`; "" for none
     language: str
+    problems: list[str]  # why the song cannot be used, each with the file or row
 
 
 @dataclass
 class Findings:
-    """Problems stop the job; warnings are told in its summary."""
+    """Problems are those of the whole source and stop the job; warnings are told in its summary."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def songs_of_folder(root: Path, findings: Findings) -> list[SourceSong]:
+def songs_of_folder(root: Store, findings: Findings) -> Iterator[SourceSong]:
     """The audio files below `root`, each with the prompt, lyrics and recaptions that lie beside it."""
-    files = sorted(_walk(root, findings))
+    files = sorted(map(PurePosixPath, _names_in(root, findings)))
     texts: dict[tuple[PurePosixPath, str, str], PurePosixPath] = {}
     audio: list[PurePosixPath] = []
     for file in files:
-        if file.suffix.lower() in AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES:
+        if file.suffix.lower() in AUDIO_SUFFIXES | TORCHCODEC_SUFFIXES | UNSUPPORTED_SUFFIXES:
             audio.append(file)
         for ending in _TEXT_ENDINGS:
             if file.name.lower().endswith(ending):
                 texts[file.parent, file.name[: -len(ending)], ending] = file
     used: set[PurePosixPath] = set()
-
-    def read_beside(song: PurePosixPath, endings: Iterable[str]) -> str | None:
-        for ending in endings:
-            file = texts.get((song.parent, song.stem, ending))
-            if file is not None:
-                used.add(file)
-                return _read_text(root / file, str(file), findings)
-        return None
-
     keys = _keys_of_files(audio)
-    songs = []
-    for file in audio:
-        origin = str(file)
-        _check_readable(root / file, origin, findings)
+
+    def read_song(file: PurePosixPath) -> tuple[SourceSong, list[str]]:
+        origin, problems, warnings = printable(file), [], []
+
+        def read_beside(endings: tuple[str, ...]) -> str | None:
+            for ending in endings:
+                text = texts.get((file.parent, file.stem, ending))
+                if text is not None:
+                    used.add(text)
+                    return _read_text(root.file(str(text)), printable(text), problems)
+            return None
+
+        if not _is_unicode(str(file)):
+            problems.append(f"{origin}: the file name is not valid UTF-8, rename it")
         if file.suffix.lower() in UNSUPPORTED_SUFFIXES:
-            findings.warnings.append(
-                f"{origin}: {file.suffix} is not read, precompute will reject it; convert it to FLAC, WAV or MP3"
+            warnings.append(f"{origin}: {file.suffix} is not read; convert it to FLAC, WAV or MP3")
+        elif file.suffix.lower() in TORCHCODEC_SUFFIXES:
+            warnings.append(
+                f"{origin}: {file.suffix} is read where torchcodec is installed; "
+                "elsewhere convert it to FLAC, WAV or MP3"
             )
-        prompt = read_beside(file, _PROMPT_ENDINGS)
+        prompt = read_beside(_PROMPT_ENDINGS)
         if not prompt:
             state = "no prompt" if prompt is None else "an empty prompt"
-            findings.warnings.append(
-                f"{origin}: {state}; {file.stem}_prompt.txt would hold its tags, with commas between them"
+            warnings.append(
+                f"{origin}: {state}; {printable(file.stem)}_prompt.txt would hold its tags, with commas between them"
             )
-        lyrics = read_beside(file, _LYRICS_ENDINGS) or ""
-        recaption = read_beside(file, _RECAPTION_ENDINGS)
-        songs.append(
-            SourceSong(
-                origin=origin,
-                key=keys[file],
-                audio=root / file,
-                audio_place=str(file),
-                tags=_split_tags(prompt or ""),
-                lyrics=lyrics,
-                recaption=_recaption(recaption, origin, findings),
-                speaker=None,
-                language="",
-            )
+        lyrics = read_beside(_LYRICS_ENDINGS) or ""
+        recaption = _recaption(read_beside(_RECAPTION_ENDINGS), origin, problems)
+        song = SourceSong(
+            origin=origin,
+            key=keys[file],
+            filename=str(file),
+            tags=_split_tags(prompt or ""),
+            lyrics=lyrics,
+            recaption=recaption,
+            speaker="",
+            language="",
+            problems=problems,
         )
+        return song, warnings
+
+    remaining = iter(audio)
+    with ThreadPoolExecutor(_READERS) as pool:
+        while some := list(islice(remaining, _SONGS_AT_ONCE)):
+            for song, warnings in pool.map(read_song, some):
+                findings.warnings += warnings
+                yield song
     findings.warnings += [
-        f"{file}: belongs to no song, since no audio file has its name"
+        f"{printable(file)}: belongs to no song, since no audio file has its name"
         for file in sorted(set(texts.values()) - used)
     ]
-    return songs
 
 
-def _walk(root: Path, findings: Findings) -> Iterator[PurePosixPath]:
-    """Every file below `root` that is not hidden, relative to it. Linked folders are followed, each once."""
+def _names_in(root: Store, findings: Findings) -> Iterator[str]:
+    """Every file below `root` that is not hidden, relative to it."""
+    if root.is_local:
+        yield from _walk(root.url, findings)
+        return
+    for name in root.names():
+        if not any(part.startswith(".") for part in name.split("/")):
+            yield name
+
+
+def _walk(root: str, findings: Findings) -> Iterator[str]:
+    """As `_names_in`, on this machine: linked folders are followed, each once."""
 
     def report(error: OSError) -> None:
         findings.problems.append(f"{error.filename}: the folder cannot be read ({error.strerror})")
@@ -136,18 +169,13 @@ def _walk(root: Path, findings: Findings) -> Iterator[PurePosixPath]:
         visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
-            if name.startswith("."):
-                continue
-            file = PurePosixPath(Path(folder, name).relative_to(root).as_posix())
-            if _is_unicode(str(file)):
-                yield file
-            else:
-                findings.problems.append(f"{str(file)!a}: the file name is not valid UTF-8, rename it")
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(folder, name), root)
 
 
 def _keys_of_files(files: list[PurePosixPath]) -> dict[PurePosixPath, str]:
     """Keys made of the paths without suffix; of distinct paths that would give one key, each gets a hash."""
-    stems = {file: str(file.with_suffix("")) for file in files}
+    stems = {file: printable(file.with_suffix("")) for file in files}
     stems_of_key = defaultdict(set)
     for stem in stems.values():
         stems_of_key[_sanitized(stem)].add(stem)
@@ -168,93 +196,131 @@ def _sanitized(stem: str) -> str:
 # --- a table of songs --------------------------------------------------------------------------------------
 
 
-def songs_of_table(table: Path, findings: Findings) -> list[SourceSong]:
+def songs_of_table(table: StoredFile, findings: Findings) -> Iterator[SourceSong]:
     """The rows of a .csv, .tsv, .jsonl or .ndjson file; columns may have any of several usual names."""
-    text = _read_text(table, table.name, findings)
-    read_rows = _csv_rows if table.suffix.lower() in (".csv", ".tsv") else _json_rows
+    read_rows = _csv_rows if table.suffix in (".csv", ".tsv") else _json_rows
+    folder = StoredFile.at(table.url).store
     unused: dict[str, str] = {}
-    songs = []
-    for origin, row in read_rows(table, text, findings):
-        song = _song_of_row(row, origin, table.parent, unused, findings)
-        if song is not None:
-            songs.append(song)
+    try:
+        with table.open() as file:
+            for origin, row in read_rows(PurePosixPath(table.name).name, file, findings):
+                song = _song_of_row(row, origin, folder, unused, findings)
+                if song is not None:
+                    yield song
+    except OSError as error:
+        findings.problems.append(f"{table.name}: cannot be read ({error.strerror or error})")
     findings.warnings += [
         f"{table.name}: the column {name!r} is not used, {why}" for name, why in unused.items()
     ]
-    return songs
 
 
-def _csv_rows(table: Path, text: str, findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
-    header = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+def _csv_rows(
+    table: str, file: io.BufferedIOBase, findings: Findings
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = iter(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    number = 0
     try:
-        for number, row in enumerate(reader, start=1):
-            origin = f"{table.name}, row {number}"
-            if None in row:
-                findings.problems.append(
-                    f"{origin}: more cells than the header has; put quotes around texts with commas"
-                )
-            else:
-                yield origin, row
+        header = next((line for line in lines if line.strip()), "")
+        reader = csv.DictReader(chain([header], _without_nul(lines)), delimiter=max(",;\t", key=header.count))
+        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        if columns and not set(columns) & set(_COLUMN_NAMES["filename"]):
+            findings.problems.append(f"{table}: has no column filename; it has {', '.join(columns)}")
+            return
+        with _long_cells():
+            for number, row in enumerate(reader, start=1):
+                origin = f"{table}, row {number}"
+                if None in row:
+                    findings.problems.append(
+                        f"{origin}: more cells than the header has; put quotes around texts with commas"
+                    )
+                else:
+                    yield origin, row
+    except UnicodeDecodeError:
+        findings.problems.append(f"{table}: not UTF-8 text (after row {number}), save it as UTF-8")
     except csv.Error as error:
-        findings.problems.append(f"{table.name}, line {reader.line_num}: {error}")
+        findings.problems.append(f"{table}, row {number + 1}: {error}")
 
 
-def _json_rows(table: Path, text: str, findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line:
-            continue
-        origin = f"{table.name}, line {number}"
+def _without_nul(lines: Iterator[str]) -> Iterator[str]:
+    for line in lines:
+        if "\0" in line:
+            raise csv.Error("not UTF-8 text (it holds NUL bytes), save it as UTF-8")
+        yield line
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _json_rows(
+    table: str, file: io.BufferedIOBase, findings: Findings
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(file, start=1):
+        origin = f"{table}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            text = line.decode("utf-8-sig").strip()
+            row = json.loads(text) if text else None
+        except UnicodeDecodeError as error:
+            findings.problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
+            continue
+        except (json.JSONDecodeError, RecursionError) as error:
             findings.problems.append(f"{origin}: not JSON ({error})")
             continue
         if isinstance(row, dict):
             yield origin, row
-        else:
+        elif text:
             findings.problems.append(f"{origin}: not a JSON object")
 
 
 def _song_of_row(
-    row: dict[str, Any], origin: str, folder: Path, unused: dict[str, str], findings: Findings
+    row: dict[str, Any], origin: str, folder: Store, unused: dict[str, str], findings: Findings
 ) -> SourceSong | None:
     """The song of one row of a table, or None if the row names no audio file."""
     cells, recaption_cells = _cells_by_column(row, unused)
+    problems: list[str] = []
 
     def text(column: str) -> str:
-        return _text_cell(cells.get(column), column, origin, findings)
+        return _text_cell(cells.get(column), column, origin, problems)
 
     filename = text("filename")
     if not filename:
+        findings.problems += problems
         findings.problems.append(f"{origin}: names no audio file (column filename)")
         return None
-    audio = Path(os.path.normpath(folder / filename))
-    _check_readable(audio, f"{origin}: {filename}", findings)
-    speaker_name = text("speaker_emb_path")
-    speaker = Path(os.path.normpath(folder / speaker_name)) if speaker_name else None
-    if speaker is not None:
-        _check_readable(speaker, f"{origin}: {speaker_name}", findings)
     if isinstance(cells.get("tags"), list):
-        tags = [_text_cell(tag, "tags", origin, findings) for tag in cells["tags"]]
+        tags = [_text_cell(tag, "tags", origin, problems) for tag in cells["tags"]]
     else:
         tags = _split_tags(text("tags"))
     if not any(tags):
         findings.warnings.append(f"{origin} ({filename}): no tags")
-    # Files from elsewhere are stored under their own name.
-    place = audio.relative_to(folder) if audio.is_relative_to(folder) else Path(audio.name)
     return SourceSong(
         origin=f"{origin} ({filename})",
-        key=text("keys") or _sanitized(place.with_suffix("").as_posix()),
-        audio=audio,
-        audio_place=place.as_posix(),
+        key=text("keys") or _sanitized(posixpath.splitext(place_of(filename, folder))[0]),
+        filename=filename,
         tags=[tag for tag in tags if tag],
         lyrics=text("norm_lyrics"),
-        recaption=_recaption(recaption_cells, origin, findings)
-        | _recaption(cells.get("recaption"), origin, findings),
-        speaker=speaker,
+        recaption=_recaption(recaption_cells, origin, problems)
+        | _recaption(cells.get("recaption"), origin, problems),
+        speaker=text("speaker_emb_path"),
         language=text("language").lower(),
+        problems=problems,
     )
+
+
+def place_of(filename: str, folder: Store) -> str:
+    """Where a file of a table lies in the table's folder; of a file from elsewhere, its own name."""
+    if not is_url(filename):
+        filename = posixpath.normpath(posixpath.join(folder.url if folder.is_local else "", filename))
+    is_absolute = is_url(filename) or filename.startswith("/")
+    inside = filename.removeprefix(f"{folder.url.rstrip('/')}/")
+    if (is_absolute and inside == filename) or inside.startswith("../"):
+        return posixpath.basename(filename)
+    return inside
 
 
 def _cells_by_column(row: dict[str, Any], unused: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -277,7 +343,7 @@ def _cells_by_column(row: dict[str, Any], unused: dict[str, str]) -> tuple[dict[
     return cells, recaption
 
 
-def _text_cell(cell: Any, column: str, origin: str, findings: Findings) -> str:
+def _text_cell(cell: Any, column: str, origin: str, problems: list[str]) -> str:
     if cell is None:
         return ""
     if isinstance(cell, str) and _is_unicode(cell):
@@ -285,26 +351,28 @@ def _text_cell(cell: Any, column: str, origin: str, findings: Findings) -> str:
     if isinstance(cell, int) and not isinstance(cell, bool):
         return str(cell)
     kind = "half of a surrogate pair" if isinstance(cell, str) else type(cell).__name__
-    findings.problems.append(f"{origin}: {column} holds {kind}, not text")
+    problems.append(f"{origin}: {column} holds {kind}, not text")
     return ""
 
 
 # --- texts and files ---------------------------------------------------------------------------------------
 
 
-def _read_text(path: Path, origin: str, findings: Findings) -> str:
+def _read_text(file: StoredFile, origin: str, problems: list[str]) -> str:
     """The cleaned text of a UTF-8 file; "" after a problem is noted."""
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        findings.problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
+        problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
         return ""
     except OSError as error:
-        findings.problems.append(f"{origin}: cannot be read ({error.strerror})")
+        problems.append(f"{origin}: cannot be read ({error.strerror})")
+        return ""
+    except AccessDeniedError:
+        problems.append(f"{origin}: cannot be read (object storage denies access)")
         return ""
     if "\0" in text:
-        findings.problems.append(f"{origin}: not UTF-8 text (it holds NUL bytes), save it as UTF-8")
+        problems.append(f"{origin}: not UTF-8 text (it holds NUL bytes), save it as UTF-8")
         return ""
     return _clean(text)
 
@@ -320,21 +388,21 @@ def _split_tags(text: str) -> list[str]:
     return [tag.strip() for tag in re.split(r"[,，\n]", text) if tag.strip()]
 
 
-def _recaption(recaption: Any, origin: str, findings: Findings) -> dict[str, str]:
+def _recaption(recaption: Any, origin: str, problems: list[str]) -> dict[str, str]:
     """Recaptions by name, blank ones dropped, from a dict or its JSON text."""
     if isinstance(recaption, str) and recaption.strip():
         try:
             recaption = json.loads(recaption)
-        except json.JSONDecodeError as error:
-            findings.problems.append(f"{origin}: its recaption is not JSON ({error})")
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{origin}: its recaption is not JSON ({error})")
             return {}
     if not recaption:
         return {}
     if not isinstance(recaption, dict):
-        findings.problems.append(f"{origin}: its recaption is not an object of names and texts")
+        problems.append(f"{origin}: its recaption is not an object of names and texts")
         return {}
     texts = {
-        name: _text_cell(text, f"recaption {name!r}", origin, findings) for name, text in recaption.items()
+        name: _text_cell(text, f"recaption {name!r}", origin, problems) for name, text in recaption.items()
     }
     return {name: text for name, text in texts.items() if text}
 
@@ -347,14 +415,7 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-def _check_readable(path: Path, origin: str, findings: Findings) -> None:
-    if not os.path.exists(path):
-        target = " (a broken link)" if os.path.islink(path) else ""
-        findings.problems.append(f"{origin}: the file does not exist{target}")
-    elif not os.path.isfile(path):
-        findings.problems.append(f"{origin}: not a file")
-    elif not os.access(path, os.R_OK):
-        findings.problems.append(f"{origin}: the file may not be read (its permissions)")
-
-
-# --- checks over all songs, and writing --------------------------------------------------------------------
+def printable(name: object) -> str:
+    """A file's name; one that is not UTF-8 in ASCII, since it could be neither stored nor printed."""
+    text = str(name)
+    return text if _is_unicode(text) else os.fsencode(text).decode("ascii", "backslashreplace")

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import io
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as load_safetensors
+
+from acestep_ray.storage import StoredFile
+
+# An embedding has a few kilobytes; a tensor that is a view of a larger one may have been saved with all of it.
+_MAX_BYTES = 64 << 20
 
 
 class SpeakerEmbeddingError(ValueError):
     """A speaker embedding that cannot be used; the text says which file and why."""
 
 
-def load_speaker_embedding(path: str | os.PathLike[str], dim: int) -> np.ndarray:
-    """The embedding in a `.pt`, `.npy` or `.safetensors` file: float32 (dim,).
+def load_speaker_embedding(file: StoredFile | str | os.PathLike[str], dim: int) -> np.ndarray:
+    """The embedding in a `.pt`, `.npy` or `.safetensors` file, local or in object storage: float32 (dim,).
 
     The file holds one tensor of floats, (dim,) or (1, dim); a `.safetensors` file exactly one.
 
-    Raises SpeakerEmbeddingError for any other content.
+    Raises SpeakerEmbeddingError for any other content, and where the file cannot be read.
     """
-    path = Path(path)
-    if not os.path.isfile(path):
-        raise SpeakerEmbeddingError(f"the speaker embedding does not exist: {path}")
+    stored = file if isinstance(file, StoredFile) else StoredFile.at(file)
+    path = stored.url if isinstance(file, StoredFile) else os.fspath(file)
     readers = {".pt": _read_pt, ".npy": _read_npy, ".safetensors": _read_safetensors}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise SpeakerEmbeddingError(f"a speaker embedding is a {', '.join(readers)} file, unlike {path}")
+    reader = readers.get(stored.suffix)
     try:
-        tensor = reader(path)
+        status = stored.status()
+        if status is None:
+            raise SpeakerEmbeddingError(f"the speaker embedding does not exist: {path}")
+        if reader is None:
+            raise SpeakerEmbeddingError(f"a speaker embedding is a {', '.join(readers)} file, unlike {path}")
+        if status.size > _MAX_BYTES:
+            raise SpeakerEmbeddingError(f"{status.size} bytes are no speaker embedding: {path}")
+        tensor = reader(stored.read_bytes())
     except SpeakerEmbeddingError:
         raise
     except Exception as error:
-        # The readers raise errors of many kinds for damaged files, some with pages of advice.
+        # The readers raise errors of many kinds for damaged files, some with pages of advice; storage its own.
         detail = (str(error).splitlines() or [""])[0]
         raise SpeakerEmbeddingError(
             f"the speaker embedding cannot be read ({type(error).__name__}: {detail}): {path}"
@@ -51,16 +60,17 @@ def load_speaker_embedding(path: str | os.PathLike[str], dim: int) -> np.ndarray
     return embedding
 
 
-def _read_pt(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _read_pt(content: bytes) -> object:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _read_npy(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.load(path, allow_pickle=False))
+def _read_npy(content: bytes) -> torch.Tensor:
+    values = np.load(io.BytesIO(content), allow_pickle=False)
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 
-def _read_safetensors(path: Path) -> torch.Tensor:
-    tensors = load_file(path)
+def _read_safetensors(content: bytes) -> torch.Tensor:
+    tensors = load_safetensors(content)
     if len(tensors) != 1:
-        raise SpeakerEmbeddingError(f"the file holds {len(tensors)} tensors, not one: {path}")
+        raise ValueError(f"{len(tensors)} tensors, not one")
     return next(iter(tensors.values()))

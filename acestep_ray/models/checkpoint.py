@@ -90,16 +90,28 @@ class CheckpointDir:
         load_weights(transformer, directory, dtype=dtype, device=device, ignore=is_unused_parameter)
         return transformer
 
-    def load_codec(self, device: torch.device | str = "cpu") -> MusicCodec:
-        return MusicCodec.from_pretrained(self.path / AUTOENCODER, self.path / VOCODER, device=device)
+    def load_codec(self, device: torch.device | str = "cpu", *, precision: str = "32") -> MusicCodec:
+        """`precision` "16" encodes in float16, and in float32 the songs that overflow it; decoding is float32."""
+        return MusicCodec.from_pretrained(
+            self.path / AUTOENCODER,
+            self.path / VOCODER,
+            device=device,
+            encoder_dtype=_dtype(precision, torch.float16),
+        )
 
-    def load_text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder:
-        return TextEncoder.from_pretrained(self.path / TEXT_ENCODER, device=device)
+    def load_text_encoder(self, device: torch.device | str = "cpu", *, precision: str = "32") -> TextEncoder:
+        """`precision` "16" is bfloat16."""
+        return TextEncoder.from_pretrained(
+            self.path / TEXT_ENCODER, device=device, dtype=_dtype(precision, torch.bfloat16)
+        )
 
-    def load_ssl_encoders(self, device: torch.device | str = "cpu") -> dict[str, SSLEncoder]:
-        """The SSL encoders that are there, by name; empty where none is."""
+    def load_ssl_encoders(
+        self, device: torch.device | str = "cpu", *, precision: str = "32"
+    ) -> dict[str, SSLEncoder]:
+        """The SSL encoders that are there, by name; empty where none is. `precision` "16" is bfloat16."""
+        dtype = _dtype(precision, torch.bfloat16)
         return {
-            name: SSLEncoder.from_pretrained(self.path / SSL_FOLDERS[name], name, device=device)
+            name: SSLEncoder.from_pretrained(self.path / SSL_FOLDERS[name], name, device=device, dtype=dtype)
             for name in self.ssl_names
         }
 
@@ -146,6 +158,12 @@ class CheckpointDir:
         for file in files:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
         return digest.hexdigest()
+
+
+def _dtype(precision: str, half: torch.dtype) -> torch.dtype:
+    if precision not in ("32", "16"):
+        raise InputError(f"unknown precision {precision!r}", fix='"32" or "16"')
+    return half if precision == "16" else torch.float32
 
 
 def _check_part(root: Path, folder: str, problems: list[str]) -> dict[str, Any] | None:

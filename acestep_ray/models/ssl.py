@@ -12,35 +12,59 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchaudio.transforms import Resample
 from transformers import HubertConfig, HubertModel
 
 from acestep_ray.errors import InputError
+from acestep_ray.models.hubert import HubertFeatures
+from acestep_ray.models.resample import Resampler
 from acestep_ray.models.weights import build_on_meta, load_weights, read_json
 
 SAMPLE_RATE = 48_000
 SAMPLES_PER_FRAME = 320
 # Sample rate in Hz and seconds a chunk, as the released model was trained with.
 SETTINGS = {"mert": (24_000, 5), "m-hubert": (16_000, 30)}
-_SECONDS_PER_PASS = 60
+# Seconds of chunks that share a pass where nobody says otherwise: a CPU gains nothing from more, a GPU needs this many
+# to be busy.
+_SECONDS_PER_PASS = {"cpu": 60, "cuda": 480}
 
 
 class SSLEncoder(nn.Module):
-    """Frozen features of a song: the last hidden state, chunk by chunk."""
+    """Frozen features of songs: the last hidden state, chunk by chunk.
 
-    def __init__(self, name: str, sample_rate: int, chunk_seconds: int, model: HubertModel):
+    `chunks_per_pass` bounds the memory of a pass; a pass that finds too little halves it for good.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sample_rate: int,
+        chunk_seconds: int,
+        model: HubertModel,
+        *,
+        dtype: torch.dtype = torch.float32,
+        chunks_per_pass: int | None = None,
+    ):
         super().__init__()
         self.name = name
         self.sample_rate = sample_rate
         self.chunk_seconds = chunk_seconds
-        self.model = model
-        self.resample = Resample(SAMPLE_RATE, sample_rate)
+        self.dim: int = model.config.hidden_size
+        """Width of the features."""
+        self.resample = Resampler(SAMPLE_RATE, sample_rate)
+        self.hubert = HubertFeatures(model, dtype)
+        kind = model.device.type
+        self.chunks_per_pass = chunks_per_pass or max(1, _SECONDS_PER_PASS.get(kind, 60) // chunk_seconds)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, name: str, *, device: torch.device | str = "cpu"
+        cls,
+        directory: str | Path,
+        name: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> SSLEncoder:
-        """The encoder `name` ("mert" or "m-hubert") from its folder, float32, frozen. Raises `InputError` if broken."""
+        """The encoder `name` ("mert" or "m-hubert") from its folder, frozen. Raises `InputError` if broken."""
         directory = Path(directory)
         settings = read_json(directory / "config.json")
         for option in ("feature_extractor_cqt", "deepnorm"):
@@ -57,30 +81,72 @@ class SSLEncoder(nn.Module):
         # Pre-training heads may lie in the file beside the encoder.
         load_weights(model, directory, device=device, rename=_current_name, ignore=lambda name: True)
         model.eval().requires_grad_(False)
-        return cls(name, *SETTINGS[name], model).to(device).eval()
+        return cls(name, *SETTINGS[name], model, dtype=dtype).to(device).eval()
 
-    @property
-    def dim(self) -> int:
-        """Width of the features."""
-        return self.model.config.hidden_size
-
-    @torch.no_grad()
     def encode(self, stereo_48k: torch.Tensor) -> torch.Tensor:
         """A song (2, n) at 48 kHz → features (frames, dim), about one frame for 320 samples at the model's rate.
 
         The song is normalised as a whole; the last chunk is padded with zeros and only the frames that begin within
         the song are kept.
         """
-        mono = self.resample(stereo_48k.to(self.resample.kernel.device).mean(dim=0))
-        mono = (mono - mono.mean()) / torch.sqrt(mono.var(correction=0) + 1e-7)
-        chunk_size = self.sample_rate * self.chunk_seconds
-        samples = mono.shape[-1]
-        chunks = F.pad(mono, (0, -samples % chunk_size)).unflatten(0, (-1, chunk_size))
-        chunks_per_pass = max(1, _SECONDS_PER_PASS // self.chunk_seconds)
-        hidden = torch.cat([self.model(batch).last_hidden_state for batch in chunks.split(chunks_per_pass)])
-        # A full chunk gives fewer frames than samples / 320: its own count bounds the cut.
-        last_frames = -(-(samples - (len(chunks) - 1) * chunk_size) // SAMPLES_PER_FRAME)
-        return torch.cat([hidden[:-1].flatten(0, 1), hidden[-1, :last_frames]])
+        return self.encode_batch([stereo_48k])[0]
+
+    @torch.no_grad()
+    def encode_batch(self, songs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`encode` of every song (2, n), float32 on the encoder's device; chunks of different songs share passes."""
+        waves, samples = self._normalised(songs)
+        size = self.sample_rate * self.chunk_seconds
+        counts = [-(-n // size) for n in samples]
+        chunks = torch.cat(
+            [wave[: count * size].unflatten(0, (-1, size)) for wave, count in zip(waves, counts, strict=True)]
+        )
+        hidden = self._encode_chunks(chunks)
+        features = []
+        for song, n in zip(hidden.split(counts), samples, strict=True):
+            # A full chunk gives fewer frames than samples / 320: its own count bounds the cut.
+            last_frames = -(-(n - (len(song) - 1) * size) // SAMPLES_PER_FRAME)
+            end = (len(song) - 1) * song.shape[1] + min(last_frames, song.shape[1])
+            features.append(song.flatten(0, 1)[:end].float())
+        return features
+
+    def _normalised(self, songs: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+        """Mono songs (B, N) at the model's rate, each of mean 0 and variance 1 over its own samples (B,), then zeros.
+
+        N is a whole number of chunks.
+        """
+        device = self.resample.weight.device
+        mono = torch.nn.utils.rnn.pad_sequence(
+            [song.to(device).mean(dim=0) for song in songs], batch_first=True
+        )
+        waves = self.resample(mono)
+        samples = [self.resample.length(song.shape[-1]) for song in songs]
+        lengths = torch.tensor(samples, device=device)[:, None]
+        inside = torch.arange(waves.shape[1], device=device) < lengths
+        # Resampling reaches past a song's end.
+        mean = torch.where(inside, waves, 0).sum(dim=1, keepdim=True) / lengths
+        centred = torch.where(inside, waves - mean, 0)
+        variance = centred.square().sum(dim=1, keepdim=True) / lengths
+        normalised = centred / torch.sqrt(variance + 1e-7)
+        return F.pad(normalised, (0, -waves.shape[1] % (self.sample_rate * self.chunk_seconds))), samples
+
+    def _encode_chunks(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Chunks (N, samples) → hidden states (N, frames, dim), a pass at a time."""
+        hidden: list[torch.Tensor] = []
+        done = 0
+        while done < len(chunks):
+            batch = chunks[done : done + self.chunks_per_pass]
+            try:
+                hidden.append(self.hubert(batch))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.chunks_per_pass = len(batch) // 2
+            else:
+                done += len(batch)
+                continue
+            # Out of the handler, where the traceback no longer holds the pass's tensors.
+            torch.cuda.empty_cache()
+        return torch.cat(hidden)
 
 
 def _current_name(name: str) -> str:

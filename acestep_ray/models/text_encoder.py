@@ -24,15 +24,28 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> TextEncoder:
-        """The encoder and tokenizer in `umt5-base/`, float32, frozen. Raises `InputError` if broken."""
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> TextEncoder:
+        """The encoder and tokenizer in `umt5-base/`, frozen. Raises `InputError` if broken.
+
+        `dtype` is float32 or bfloat16: UMT5 overflows float16.
+        """
         directory = Path(directory)
         settings = read_json(directory / "config.json")
         model = build_on_meta(lambda: UMT5EncoderModel(UMT5Config.from_dict(settings)), directory)
         tokenizer = _load_tokenizer(directory / "tokenizer.json", model.config.pad_token_id)
         # A full UMT5 has a decoder as well.
         load_weights(
-            model, directory, device=device, ignore=lambda name: name.startswith(("decoder.", "lm_head."))
+            model,
+            directory,
+            dtype=dtype,
+            device=device,
+            ignore=lambda name: name.startswith(("decoder.", "lm_head.")),
         )
         model.eval().requires_grad_(False)
         return cls(model, tokenizer).eval()
@@ -52,7 +65,7 @@ class TextEncoder(nn.Module):
         device = self.model.shared.weight.device
         ids = torch.tensor([encoding.ids for encoding in encodings], device=device)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
-        embeddings = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        embeddings = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         mask = mask.to(embeddings.dtype)
         return embeddings * mask[..., None], mask
 

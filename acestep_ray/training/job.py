@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -21,19 +23,30 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.precompute import precompute
+from acestep_ray.cache.schema import FEATURE_GROUPS, INCOMING, MANIFEST
+from acestep_ray.cache.stages import Recipe, Settings
 from acestep_ray.config import PrecomputeConfig, TrainConfig
-from acestep_ray.data.schema import is_dataset_dir
+from acestep_ray.data.lyrics import LyricTokenizer
+from acestep_ray.data.songs import SongTable
 from acestep_ray.device import check_device_name
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.export.lora import LORA_FILE
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.ray_runtime import Console, connect, has_gpus
+from acestep_ray.storage import Store
 from acestep_ray.tracking import end_mlflow_run, mlflow_uri, start_mlflow_run
 from acestep_ray.training.lora import add_lora, read_lora_config
+from acestep_ray.training.scan import read_songs, scan
 from acestep_ray.training.state import latest_checkpoint
-from acestep_ray.training.worker import WorkerPlace, WorkerSettings, build_plan, train_worker
+from acestep_ray.training.streaming import Stream
+from acestep_ray.training.worker import (
+    TrainingDivergedError,
+    WorkerPlace,
+    WorkerSettings,
+    build_plan,
+    train_worker,
+)
 
 PRECISIONS = {"bf16-mixed": "bf16-mixed", "32": "32", "32-true": "32", "fp32": "32"}
 LIMITS = (
@@ -112,17 +125,16 @@ def train(config: TrainConfig) -> TrainSummary:
     check_lora_fits(lora, checkpoint, config.lora_config_path)
     tracking_uri = mlflow_uri(config.tracking_uri, Path(config.logger_dir))
 
-    config = replace(config, dataset_path=cached_dataset(config))
-    index = CacheIndex.open(config.dataset_path)
-    check_cache_fits(index, checkpoint, config)
-    plan = build_plan(index, config)
-    total_steps = config.max_steps
-    if config.epochs > 0:
-        total_steps = min(total_steps, plan.steps_in_epochs(config.epochs))
-
+    experiment = Path(config.exp_dir).resolve() / config.exp_name
+    songs = open_songs(config, checkpoint)
+    if isinstance(songs, CacheIndex):
+        total_steps = count_steps(songs.latent_frames, config)
     connect()
     use_gpu = resolve_training_device(config)
-    experiment = Path(config.exp_dir).resolve() / config.exp_name
+    stream = None
+    if isinstance(songs, SongTable):
+        stream = scan_for_stream(songs, checkpoint, config, Store.at(experiment), use_gpu)
+        total_steps = count_steps(read_songs(stream.scan)["latent_frames"].to_numpy(), config)
     settings = WorkerSettings(
         config=config,
         lora=lora,
@@ -131,6 +143,7 @@ def train(config: TrainConfig) -> TrainSummary:
         log_dir=Path(config.logger_dir).resolve() / config.exp_name,
         mlflow_run=None,
         total_steps=total_steps,
+        stream=stream,
     )
     done = finished_losses(settings)
     losses = done or run_workers(prepare_experiment(experiment, settings, tracking_uri), use_gpu)
@@ -171,6 +184,7 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         precision=PRECISIONS[config.precision],
         # Workers have a working directory of their own.
         checkpoint_dir=str(Path(config.checkpoint_dir).resolve()),
+        dataset_path=Store.at(config.dataset_path).url,
     )
 
 
@@ -194,22 +208,58 @@ def resolve_training_device(config: TrainConfig) -> bool:
     return use_gpu
 
 
-def cached_dataset(config: TrainConfig) -> str:
-    """The feature cache to train on: the given one, or for a dataset its own, computed as far as it is missing."""
-    if not is_dataset_dir(config.dataset_path):
-        return str(Path(config.dataset_path).resolve())
-    cache = Path(config.exp_dir).resolve() / config.exp_name / "cache"
-    print(f"{config.dataset_path} is a dataset: its features go to {cache}")
-    summary = precompute(
-        PrecomputeConfig(
-            dataset_path=config.dataset_path,
-            checkpoint_dir=config.checkpoint_dir,
-            output_dir=str(cache),
-            device=config.device,
+def open_songs(config: TrainConfig, checkpoint: CheckpointDir) -> CacheIndex | SongTable:
+    """The feature cache, or the songs themselves. Raises InputError for what the model cannot be trained on."""
+    place = Store.at(config.dataset_path)
+    if place.status(MANIFEST) is not None or place.names(INCOMING):
+        index = CacheIndex.open(place)
+        check_cache_fits(index, checkpoint, config)
+        return index
+    songs = SongTable.open(config.dataset_path)
+    missing = [name for name in checkpoint.transformer_config.ssl_names if name not in checkpoint.ssl_names]
+    if config.ssl_coeff > 0 and missing:
+        raise InputError(
+            f"the SSL losses need the features of {' and '.join(missing)}, the checkpoint has no such encoder",
+            where=config.checkpoint_dir,
+            fix="give a checkpoint that holds mert/ and mhubert/, or train with --ssl_coeff 0",
         )
+    checkpoint.lyric_vocab_path()
+    return songs
+
+
+def scan_for_stream(
+    songs: SongTable, checkpoint: CheckpointDir, config: TrainConfig, experiment: Store, use_gpu: bool
+) -> Stream:
+    """Find out which songs can be used, with the settings of a cache that was computed without any flags."""
+    print(
+        f"{config.dataset_path} is no feature cache: every epoch decodes and encodes its songs again. "
+        "`acestep-ray precompute` does that once, and training on its cache gives the same numbers.",
+        flush=True,
     )
-    print(summary.render())
-    return str(cache)
+    defaults = PrecomputeConfig(dataset_path="", checkpoint_dir="", output_dir="")
+    tokenizer = LyricTokenizer.from_file(checkpoint.lyric_vocab_path())
+    settings = Settings(
+        window=defaults.window,
+        window_seconds=defaults.window_seconds,
+        loudness_lufs=defaults.loudness_lufs,
+        tag_shuffles=defaults.tag_shuffles,
+        ssl_frame_stride=defaults.ssl_frame_stride,
+        seed=defaults.seed,
+        speaker_dim=checkpoint.transformer_config.speaker_embedding_dim,
+    )
+    recipe = Recipe(settings, {"lyric_tokenizer": tokenizer.fingerprint})
+    print(scan(songs, recipe, tokenizer, experiment).render(), flush=True)
+    features = FEATURE_GROUPS if config.ssl_coeff > 0 else tuple(g for g in FEATURE_GROUPS if g != "ssl")
+    encoding = replace(settings, features=features, precision="16" if use_gpu else "32")
+    return Stream(songs.root, experiment, str(checkpoint.path), replace(recipe, settings=encoding))
+
+
+def count_steps(latent_frames: np.ndarray, config: TrainConfig) -> int:
+    """Steps of the run over songs of these lengths, (songs,). Raises InputError where a song fits into no batch."""
+    plan = build_plan(latent_frames, config)
+    if config.epochs > 0:
+        return min(config.max_steps, plan.steps_in_epochs(config.epochs))
+    return config.max_steps
 
 
 def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: TrainConfig) -> None:
@@ -269,7 +319,11 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"settings": settings, "say": console.say},
-        scaling_config=ScalingConfig(num_workers=settings.config.devices, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=settings.config.devices,
+            use_gpu=use_gpu,
+            resources_per_worker=reserved_by_worker(settings, use_gpu),
+        ),
         run_config=RunConfig(
             # Ray keeps its book of checkpoints in the folder where we write them.
             storage_path=str(settings.checkpoints.parent),
@@ -286,13 +340,22 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
         status = "FINISHED"
         return outcome
     except TrainingFailedError as error:
-        raise AceStepError(f"training failed\n{error}") from error
+        ours = [e for e in getattr(error, "worker_failures", {}).values() if isinstance(e, AceStepError)]
+        raise ours[0] if ours else AceStepError(f"training failed\n{error}") from error
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         if settings.mlflow_run is not None:
             end_mlflow_run(settings.mlflow_run, status)
+
+
+def reserved_by_worker(settings: WorkerSettings, use_gpu: bool) -> dict[str, float] | None:
+    """What each worker reserves, None for Ray's default: where songs are streamed, half of the CPUs decode."""
+    if settings.stream is None or use_gpu:
+        return None
+    share = ray.cluster_resources()["CPU"] / 2 / settings.config.devices
+    return {"CPU": min(1.0, math.floor(share * 1000) / 1000)}
 
 
 @contextlib.contextmanager
@@ -313,7 +376,8 @@ def interruptible() -> Iterator[None]:
 def run_worker(loop_config: dict) -> dict | AceStepError:
     """What Ray Train runs in each worker.
 
-    Our own errors come back as a value: they are found by all workers alike, and starting again would not mend them.
+    Our own errors come back as a value, for starting again would not mend them; but not one that the other workers may
+    not have met: they would wait for this one without end.
     """
     context = ray.train.get_context()
     place = WorkerPlace(
@@ -324,6 +388,8 @@ def run_worker(loop_config: dict) -> dict | AceStepError:
     try:
         return train_worker(loop_config["settings"], place, report_to_ray, loop_config["say"])
     except AceStepError as error:
+        if place.workers > 1 and not isinstance(error, TrainingDivergedError):
+            raise
         return error
 
 

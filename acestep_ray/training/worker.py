@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import CachedSong
 from acestep_ray.config import TrainConfig
 from acestep_ray.diffusion.objective import TrainingBatch, flow_matching_losses
@@ -25,7 +25,6 @@ from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
-from acestep_ray.training.loader import read_ahead
 from acestep_ray.training.lora import add_lora
 from acestep_ray.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
@@ -37,6 +36,7 @@ from acestep_ray.training.state import (
     save_checkpoint,
     trainable_parameters,
 )
+from acestep_ray.training.streaming import CacheSource, SongSource, Stream, StreamSource
 from acestep_ray.training.validation import SONGS, fixed_noise_loss
 
 # Metrics stay on the device until this many steps are together: reading one waits for the GPU.
@@ -56,6 +56,8 @@ class WorkerSettings:
     log_dir: Path
     mlflow_run: MLflowRun | None
     total_steps: int
+    stream: Stream | None = None
+    """The songs, where the run has no feature cache."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,8 @@ class Trainer:
         self.config = config = settings.config
         self.rank, self.workers, self.device = place.rank, place.workers, place.device
         self.report = report
-        index = CacheIndex.open(config.dataset_path)
-        self.reader = CacheReader(index)
-        self.plan = build_plan(index, config)
-        self.ssl_stride = index.ssl_frame_stride
+        self.source = open_source(settings, place)
+        self.plan = build_plan(self.source.latent_frames, config)
         self.sigmas = training_sigmas(config.shift)
         self.dropout = ConditionDropout(config.text_dropout, config.speaker_dropout, config.lyric_dropout)
 
@@ -134,16 +134,15 @@ class Trainer:
         """This worker's micro-batches of every step from `first_step` on, read ahead of the model."""
         steps = range(first_step, self.settings.total_steps)
         mine = (item for step in steps for item in self.plan.step(step)[self.rank :: self.workers])
-        loaded = read_ahead(mine, self.load, self.config.num_workers)
+        loaded = self.source.read_ahead(mine, self.make_batch, self.config.num_workers)
         for _ in steps:
             yield [next(loaded) for _ in range(self.config.accumulate_grad_batches)]
 
-    def load(self, item: MicroBatch) -> TrainingBatch:
-        """Read one micro-batch and make its draws."""
-        songs = [self.reader.read(row) for row in item.songs]
+    def make_batch(self, item: MicroBatch, songs: list[CachedSong]) -> TrainingBatch:
+        """The songs of one micro-batch with their draws."""
         draws = [draw(s, self.sigmas, self.dropout, seed=self.config.seed, epoch=item.epoch) for s in songs]
         with_ssl = self.config.ssl_coeff > 0
-        batch = build_batch(songs, draws, ssl_stride=self.ssl_stride, with_ssl=with_ssl)
+        batch = build_batch(songs, draws, ssl_stride=self.source.ssl_stride, with_ssl=with_ssl)
         return batch.pin() if self.device.type == "cuda" else batch
 
     def train_step(self, step: int, batches: list[TrainingBatch]) -> None:
@@ -224,13 +223,13 @@ class Trainer:
         self.tracker.log({state.step: {"loss/fixed_noise": loss}})
 
     def validation_songs(self) -> list[CachedSong]:
-        """The first songs of the cache."""
-        return [self.reader.read(row) for row in range(min(SONGS, len(self.reader)))]
+        """The first songs of the run."""
+        return [self.source.read(i) for i in range(min(SONGS, len(self.source.latent_frames)))]
 
     def write_sample(self, state: TrainingState) -> None:
         """Generate the first song's prompt and lyrics with the model as it is."""
         directory = self.settings.samples / f"step={state.step}"
-        song = self.reader.read(0)
+        song = self.source.read(0)
         with self.evaluating(), self.autocast():
             waveform = write_sample(directory, self.transformer, song, self.config, self.device)
         self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
@@ -270,10 +269,17 @@ class Trainer:
         return contextlib.nullcontext()
 
 
-def build_plan(index: CacheIndex, config: TrainConfig) -> BatchPlan:
-    """The run's micro-batches."""
+def open_source(settings: WorkerSettings, place: WorkerPlace) -> SongSource:
+    """Where this worker's songs come from."""
+    if settings.stream is not None:
+        return StreamSource(settings.stream, place.device, place.workers)
+    return CacheSource(CacheIndex.open(settings.config.dataset_path))
+
+
+def build_plan(latent_frames: np.ndarray, config: TrainConfig) -> BatchPlan:
+    """The micro-batches of a run over songs of these lengths, (songs,)."""
     return BatchPlan(
-        index.latent_frames,
+        latent_frames,
         seed=config.seed,
         micro_batches_per_step=config.accumulate_grad_batches * config.devices,
         batch_size=config.batch_size,

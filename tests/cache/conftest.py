@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,13 @@ import pytest
 import soundfile
 import torch
 
-from acestep_ray.cache.parts import (
-    Part,
-    claim_output_dir,
-    commit,
-    find_rows,
-    plan_parts,
-    read_dims,
-    row_to_bytes,
-    store_song,
-    write_part,
-)
-from acestep_ray.cache.schema import FORMAT_VERSION
-from acestep_ray.cache.stages import DecodedSong, Encoder, Recipe, Reject, Settings, Song
+from acestep_ray.cache.stages import DecodedSong, Encoder, Recipe, Settings, Song
 from acestep_ray.data.lyrics import LyricTokenizer, build_tiny_vocabulary
 
 TEXT_DIM = 6
 SPEAKER_DIM = 5
 SSL_DIMS = {"mert": 7, "m-hubert": 4}
-SETTINGS = Settings(max_duration=240.0, tag_shuffles=3, ssl_frame_stride=1, seed=0, speaker_dim=SPEAKER_DIM)
+SETTINGS = Settings(tag_shuffles=3, ssl_frame_stride=1, seed=0, speaker_dim=SPEAKER_DIM)
 RECIPE = Recipe(SETTINGS, {"codec": "c0", "text_encoder": "t0"})
 
 
@@ -42,19 +30,21 @@ class StandInCodec:
 
 
 class StandInTextEncoder:
+    """A letter for a token, and its embedding made of the letter."""
+
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.tensor([len(text) for text in texts])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()
-        embeddings = torch.randn(*mask.shape, TEXT_DIM, generator=torch.Generator().manual_seed(0))
-        return embeddings * mask[..., None], mask
+        longest = max(map(len, texts))
+        letters = torch.tensor([[ord(c) for c in text.ljust(longest, "\0")] for text in texts])
+        embeddings = torch.sin(letters[..., None] * torch.arange(1, TEXT_DIM + 1))
+        return embeddings, (letters > 0).float()
 
 
 @dataclass
 class StandInSSL:
     name: str
 
-    def encode(self, stereo: torch.Tensor) -> torch.Tensor:
-        return stereo[0].unfold(0, SSL_DIMS[self.name], 480).clone()
+    def encode_batch(self, songs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return [stereo[0].unfold(0, SSL_DIMS[self.name], 480).clone() for stereo in songs]
 
 
 @pytest.fixture(scope="session")
@@ -88,10 +78,24 @@ def song(key: str = "a", **changes: Any) -> Song:
     return Song(key, **{**fields, **changes})
 
 
-def decoded(one: Song, seconds: float = 3.0, speaker: np.ndarray | None = None) -> DecodedSong:
+def decoded(
+    one: Song, seconds: float = 3.0, speaker: np.ndarray | None = None, **changes: Any
+) -> DecodedSong:
     wave = np.random.default_rng(len(one.key)).uniform(-0.5, 0.5, (2, int(seconds * 48_000)))
-    speaker_sha256 = None if speaker is None else "b" * 64
-    return DecodedSong(one, "a" * 64, speaker_sha256, seconds, wave.astype(np.float32), speaker)
+    fields = {
+        "key": one.key,
+        "window": 0,
+        "is_last_window": True,
+        "start_seconds": 0.0,
+        "audio_sha256": "a" * 64,
+        "audio_version": "1000-1",
+        "speaker_sha256": None if speaker is None else "b" * 64,
+        "speaker_version": None if speaker is None else "20-1",
+        "duration_seconds": seconds,
+        "wave": wave.astype(np.float32),
+        "speaker": speaker,
+    }
+    return DecodedSong(song=one, **{**fields, **changes})
 
 
 @dataclass
@@ -132,35 +136,3 @@ def song_folder(tmp_path) -> SongFolder:
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.5, 0.5, (int(seconds * 48_000), 2))
-
-
-@pytest.fixture
-def write_cache(encoder, tmp_path):
-    """Writes a finished cache of stand-in songs; returns its directory."""
-
-    def write(songs: list[DecodedSong], name: str = "cache", rejects: Sequence[Reject] = ()) -> Path:
-        cache = tmp_path / name
-        claim_output_dir(cache)
-        for one in songs:
-            store_song(cache, row_to_bytes(encoder.encode_song(one)))
-        finish(cache, rejects)
-        return cache
-
-    return write
-
-
-def finish(cache: Path, rejects: Sequence[Reject] = ()) -> list[Part]:
-    """What a run does once every song is stored."""
-    parts = plan_parts(rows[0] for rows in find_rows(cache).values())
-    for part in parts:
-        if not part.is_written:
-            write_part(cache, part)
-    dims = read_dims(cache, parts[0]) if parts else {"text_dim": None, "ssl": {}}
-    samples = sum(len(part.rows) for part in parts)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "counts": {"samples": samples},
-        "settings": asdict(SETTINGS),
-    }
-    commit(cache, parts, rejects, {**manifest, **dims})
-    return parts

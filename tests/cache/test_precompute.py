@@ -15,19 +15,23 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import soundfile
 import torch
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from acestep_ray.cache import parts as parts_module
 from acestep_ray.cache import precompute as precompute_module
+from acestep_ray.cache.graph import EncoderPool
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.precompute import PrecomputeSummary, precompute
+from acestep_ray.cache.precompute import PrecomputeSummary, choose_pools, make_recipe, precompute
 from acestep_ray.cache.progress import Progress
 from acestep_ray.cache.reader import CacheReader
-from acestep_ray.cache.stages import Encoder, Recipe, Reject, Settings, Song, decode_song
+from acestep_ray.cache.schema import FEATURE_GROUPS
+from acestep_ray.cache.stages import Encoder, Recipe, Reject, Song, decode_song, file_versions
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from tests.cache.conftest import SongFolder, noise
 
@@ -79,13 +83,11 @@ def rows_of(cache: str | Path, folder: str = "samples") -> dict[str, dict]:
 
 def encode_directly(config: PrecomputeConfig, checkpoint: CheckpointDir, row: dict) -> dict:
     """The row that the stages make of a song in this process."""
-    settings = Settings(
-        config.max_duration, config.tag_shuffles, config.ssl_frame_stride, config.seed, SPEAKER_DIM
-    )
-    recipe = precompute_module._recipe(config, checkpoint)
-    assert recipe.settings == settings
+    recipe = make_recipe(config, checkpoint, FEATURE_GROUPS, "cpu")
     encoder = Encoder.load(checkpoint, recipe, "cpu")
-    return encoder.encode_song(decode_song(config.dataset_path, Song.from_row(row), settings)).to_pylist()[0]
+    root, song = Store.at(config.dataset_path), Song.from_row(row)
+    (decoded,) = decode_song(root, song, recipe, file_versions(root, song))
+    return encoder.encode_song(decoded).to_pylist()[0]
 
 
 def run_until_stored(config: PrecomputeConfig, address: str) -> None:
@@ -100,7 +102,7 @@ def run_until_stored(config: PrecomputeConfig, address: str) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RAY_ADDRESS": address})
     try:
-        while not list(Path(config.output_dir).glob(".incoming/*/*.parquet")):
+        while not list(Path(config.output_dir).glob(".incoming/ledgers/*.parquet")):
             assert process.poll() is None
             time.sleep(0.005)
     finally:
@@ -112,7 +114,7 @@ def run_until_stored(config: PrecomputeConfig, address: str) -> None:
 def test_every_song_is_kept_or_rejected_once_over_kills_reruns_and_changes(
     two_cpus, config, song_folder, checkpoint, monkeypatch
 ):
-    monkeypatch.setattr(parts_module, "_SONGS_BETWEEN_CUTS", 2)  # several parts
+    monkeypatch.setattr(parts_module, "PART_ROWS", 3)  # several parts
     torch.set_num_threads(1)  # as many as the encoders have: another number rounds otherwise
     fill(song_folder)
     cache = Path(config.output_dir)
@@ -136,9 +138,9 @@ def test_every_song_is_kept_or_rejected_once_over_kills_reruns_and_changes(
         assert samples[key] == encode_directly(config, checkpoint, song_folder.rows[key])
 
     reader = CacheReader(cache)
-    assert reader.index.keys == sorted(samples)
+    assert list(reader.index.keys) == sorted(samples)
     assert reader.index.ssl_dims == {"mert": 32, "m-hubert": 24}
-    assert reader.read(reader.index.keys.index("song0")).speaker.tolist() == [1.0] * SPEAKER_DIM
+    assert reader.read(reader.index.position("song0")).speaker.tolist() == [1.0] * SPEAKER_DIM
 
     files = {file.relative_to(cache): file.read_bytes() for file in cache.rglob("*.*")}
     second = precompute(config)
@@ -161,9 +163,67 @@ def test_every_song_is_kept_or_rejected_once_over_kills_reruns_and_changes(
     assert set(after) == {*samples, "gone"} - {removed}
     assert third.computed == len(lost | {changed, replaced, "gone"})
     assert third.unchanged == len(after) - third.computed
-    differing = {key for key in after if after[key] != samples.get(key)}
+    assert third.inputs == third.computed + third.unchanged + len(third.rejects)
+    # The version of a song's file is no part of its features.
+    differing = {
+        key
+        for key in after
+        if {**after[key], "audio_version": ""} != {**samples.get(key, {}), "audio_version": ""}
+    }
     assert differing == {changed, replaced, "gone"}
     assert "gone" not in rows_of(cache, "rejects")
+
+
+@pytest.mark.ray
+def test_windows_and_separate_encoders_and_rejects_that_are_tried_again(
+    two_cpus, config, song_folder, checkpoint
+):
+    torch.set_num_threads(1)
+    song_folder.add("long", noise(11.0))
+    song_folder.add("pause", np.concatenate([noise(4.0), np.zeros((192_000, 2)), noise(4.0)]))
+    song_folder.add("short", noise(1.0))
+    song_folder.add("empty", b"")
+    song_folder.write()
+    config = replace(config, window="all", window_seconds=4.0, separate_encoders=True, features="ssl,latents")
+    first = precompute(config)
+    samples = rows_of(config.output_dir)
+    assert sorted(samples) == ["long#0", "long#1", "long#2", "pause#0", "pause#2", "short#0"]
+    assert {row["duration_seconds"] for row in samples.values()} == {4.0, 3.0, 1.0}
+    rejects = rows_of(config.output_dir, "rejects")
+    assert {key: row["reason"] for key, row in rejects.items()} == {"empty#0": "empty", "pause#1": "silent"}
+    assert (first.inputs, first.samples, first.unchanged) == (8, 6, 0)
+    assert all(row["prompts"] is None and row["text_embeddings"] is None for row in samples.values())
+    assert [entry["name"] for entry in samples["long#1"]["ssl"]] == ["mert", "m-hubert"]
+    with pytest.raises(InputError, match="text"):
+        CacheReader(config.output_dir)
+
+    again = precompute(config)
+    assert (again.computed, again.unchanged, len(again.rejects)) == (0, 6, 2)
+    tried = precompute(replace(config, retry_rejects=True))
+    # A song with a window that was rejected is done again as a whole, and gives the same.
+    assert (tried.computed, tried.unchanged, len(tried.rejects)) == (2, 4, 2)
+    assert rows_of(config.output_dir) == samples
+
+
+@pytest.mark.ray
+def test_a_folder_of_songs_in_object_storage_becomes_a_cache_there(two_cpus, s3, config, checkpoint):
+    torch.set_num_threads(1)
+    songs, cache = Store.at(s3.url("songs")), Store.at(s3.url("cache"))
+    for key in ("a", "b"):
+        content = io.BytesIO()
+        soundfile.write(content, noise(3.5, seed=ord(key)), 44_100, format="FLAC")
+        songs.write_bytes(f"{key}.flac", content.getvalue())
+        songs.write_bytes(f"{key}_prompt.txt", b"calm, piano")
+    songs.write_bytes("b_lyrics.txt", b"\xff\xfe\x00")
+    config = replace(config, dataset_path=songs.url, output_dir=cache.url)
+    first = precompute(config)
+    assert (first.computed, [(r.key, r.reason) for r in first.rejects]) == (1, [("b", "bad_text")])
+    reader = CacheReader(cache.url)
+    assert list(reader.index.keys) == ["a"]
+    assert reader.read(0).prompts[0] in ("calm, piano", "piano, calm")
+    assert not [name for name in cache.names() if name.startswith(".incoming")]
+    again = precompute(config)
+    assert (again.computed, again.unchanged, len(again.rejects)) == (0, 1, 1)
 
 
 @pytest.mark.ray
@@ -193,16 +253,29 @@ def test_a_cluster_without_gpus_refuses_cuda(two_cpus, config, song_folder):
     [
         ("tag_shuffles", 0),
         ("ssl_frame_stride", 0),
-        ("max_duration", 0.0),
-        ("max_duration", 240.5),
-        ("max_duration", float("nan")),
+        ("window", "last"),
+        ("window_seconds", 2.9),
+        ("window_seconds", 240.5),
+        ("window_seconds", float("nan")),
+        ("loudness_lufs", 3.0),
+        ("loudness_lufs", float("nan")),
+        ("batch_frames", 0),
         ("encoder_workers", 0),
+        ("decode_workers", 0),
+        ("text_workers", 0),
+        ("codec_gpus", 1.5),
+        ("precision", "8"),
         ("device", "tpu"),
     ],
 )
 def test_a_setting_out_of_bounds_is_refused_by_its_flag(config, name, value):
     with pytest.raises(InputError, match=f"--{name} is {value}"):
         precompute(replace(config, **{name: value}))
+
+
+def test_unknown_features_are_refused_by_name(config):
+    with pytest.raises(InputError, match=r"--features has 'midi'(?s:.*)latents,text,ssl"):
+        precompute(replace(config, features="latents,midi"))
 
 
 def test_a_mistake_in_the_input_is_found_before_anything_is_written(
@@ -221,17 +294,56 @@ def test_a_mistake_in_the_input_is_found_before_anything_is_written(
 
 @pytest.mark.parametrize("part", ["codec", "text_encoder", "mert", "m-hubert", "lyric_tokenizer"])
 def test_every_model_that_takes_part_is_in_the_recipe(config, checkpoint, part):
-    models = precompute_module._recipe(config, checkpoint).models
+    models = make_recipe(config, checkpoint, FEATURE_GROUPS, "cpu").models
     assert len(set(models.values())) == 5
     assert re.fullmatch("[0-9a-f]{64}", models[part])
 
 
-@pytest.mark.parametrize("change", ["max_duration", "tag_shuffles", "ssl_frame_stride", "seed"])
+@pytest.mark.parametrize(
+    ("features", "models"),
+    [
+        (("latents",), {"codec"}),
+        (("text",), {"text_encoder", "lyric_tokenizer"}),
+        (("ssl",), {"mert", "m-hubert"}),
+    ],
+)
+def test_models_that_take_no_part_are_not_in_the_recipe(config, checkpoint, features, models):
+    assert set(make_recipe(config, checkpoint, features, "cpu").models) == models
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": "all"},
+        {"window_seconds": 7.0},
+        {"loudness_lufs": -14.0},
+        {"tag_shuffles": 7},
+        {"ssl_frame_stride": 7},
+        {"seed": 7},
+        {"precision": "16"},
+    ],
+)
 def test_every_setting_that_matters_is_in_the_recipe(config, checkpoint, change):
-    before = precompute_module._recipe(config, checkpoint)
-    after = precompute_module._recipe(replace(config, **{change: 7}), checkpoint)
+    before = make_recipe(config, checkpoint, FEATURE_GROUPS, "cpu")
+    after = make_recipe(replace(config, **change), checkpoint, FEATURE_GROUPS, "cpu")
     assert isinstance(before, Recipe)
     assert before != after
+
+
+def test_a_gpu_encodes_in_half_precision_unless_told_otherwise(config, checkpoint):
+    def precision(device: str, **changes: str) -> str:
+        return make_recipe(replace(config, **changes), checkpoint, FEATURE_GROUPS, device).settings.precision
+
+    assert (precision("cuda"), precision("cpu")) == ("16", "32")
+    assert precision("cuda", precision="32") == "32"
+
+
+def pools(
+    monkeypatch, config: PrecomputeConfig, checkpoint: CheckpointDir, nodes: list[dict]
+) -> list[EncoderPool]:
+    alive = [{"Alive": True, "Resources": resources} for resources in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"GPU": 9, "CPU": 1}}])
+    return choose_pools(replace(config, device="auto"), FEATURE_GROUPS, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -243,53 +355,44 @@ def test_every_setting_that_matters_is_in_the_recipe(config, checkpoint, change)
         ([{"CPU": 64}], 4, ("cpu", 4, 15, 0)),
         ([{"CPU": 2}], 4, ("cpu", 4, 0.25, 0)),
         ([{"CPU": 8}, {"CPU": 16}, {"memory": 1}], None, ("cpu", 2, 7, 0)),
-        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], None, ("cuda", 4, 1, 1)),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], None, ("cuda", 8, 1, 0.5)),
+        ([{"CPU": 8, "GPU": 2}], 2, ("cuda", 2, 1, 1)),
         ([{"CPU": 8, "GPU": 2}], 5, ("cuda", 5, 1, 1 / 3)),
     ],
 )
-def test_encoders_leave_room_for_decoding_and_take_one_gpu_each(
-    monkeypatch, config, nodes, workers, expected
+def test_encoders_leave_room_for_decoding_and_share_the_gpus(
+    monkeypatch, config, checkpoint, nodes, workers, expected
 ):
-    alive = [{"Alive": True, "Resources": resources} for resources in nodes]
-    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"GPU": 9, "CPU": 1}}])
-    pool = precompute_module._EncoderPool.choose(replace(config, device="auto", encoder_workers=workers))
+    (pool,) = pools(monkeypatch, replace(config, encoder_workers=workers), checkpoint, nodes)
     assert (pool.device, pool.actors, pool.num_cpus, pool.num_gpus) == expected
+    assert pool.features == FEATURE_GROUPS
 
 
-def test_a_song_that_keeps_killing_its_reader_is_rejected(song_folder, tmp_path):
-    song_folder.add("a", noise(3.0))
-    cache = tmp_path / "cache"
-    parts_module.claim_output_dir(cache)
-    table = precompute_module._song_table([Song.from_row(song_folder.rows["a"])])
-    settings = Settings(240.0, 1, 1, 0, SPEAKER_DIM)
-    dead = [parts_module.counted_attempt(cache, "decode", "a") for _ in range(3)]
-    assert [one.__enter__() for one in dead] == [1, 2, 3]
-    outcome = precompute_module._decode(table, str(song_folder.path), str(cache), settings)
-    reject = precompute_module._read_receipt(outcome["receipt"][0].as_py())
-    assert (reject.key, reject.reason) == ("a", "corrupt")
-    assert "3 times" in reject.message
-    outcome = precompute_module._decode(table, str(song_folder.path), str(cache), settings)
-    assert outcome["receipt"][0].as_py() is None
+def test_separate_encoders_have_resources_of_their_own(monkeypatch, config, checkpoint):
+    config = replace(
+        config, separate_encoders=True, codec_workers=3, codec_gpus=0.25, text_gpus=0, text_workers=2
+    )
+    found = pools(monkeypatch, config, checkpoint, [{"CPU": 16, "GPU": 2}])
+    assert [(pool.features, pool.device, pool.actors, pool.num_gpus) for pool in found] == [
+        (("latents",), "cuda", 3, 0.25),
+        (("text",), "cpu", 2, 0),
+        (("ssl",), "cuda", 2, 0.45),
+    ]
 
 
-def test_lost_and_doubled_songs_do_not_pass():
-    reject = Reject("b", "b.wav", "decode", "empty", "")
-    check = precompute_module._check_complete
-    check(["a", "b"], {"a": None}, [reject])
-    for keys, rows, rejects in (
-        (["a", "b"], {"a": None}, []),
-        (["a", "b"], {"a": None, "b": None}, [reject]),
-        (["a"], {"a": None}, [reject]),
-    ):
-        with pytest.raises(AceStepError, match="'b'"):
-            check(keys, rows, rejects)
+def test_pools_of_one_machine_fit_on_it(monkeypatch, config, checkpoint):
+    for cores in (1, 2, 4, 64):
+        found = pools(monkeypatch, replace(config, separate_encoders=True), checkpoint, [{"CPU": cores}])
+        assert len(found) == 3
+        assert sum(pool.actors * pool.num_cpus for pool in found) < cores
 
 
 def test_the_summary_counts_rejects_by_reason_and_tells_when_there_are_no_ssl_features():
     rejects = [Reject(f"k{i}", f"{i}.wav", "decode", "empty", "0 bytes") for i in range(12)]
-    summary = PrecomputeSummary(20, 8, 5, 3, rejects, [], 3660.0, 2.0, "cache")
+    summary = PrecomputeSummary(20, 8, 5, 3, rejects, [], 3660.0, 1_500_000, 2.0, "cache")
     text = summary.render()
-    assert "8 (3 computed, 5 unchanged), 1 h 01 min of audio" in text
+    assert "20 = 3 samples + 12 rejects + 5 unchanged" in text
+    assert "8, 1 h 01 min of audio, 1.5 MB" in text
     assert re.search(r"empty +12", text)
     assert text.count("0 bytes") == 10
     assert "--ssl_coeff 0" in text

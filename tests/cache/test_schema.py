@@ -1,11 +1,17 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from acestep_ray.cache.schema import hash_of, quantise_directions, write_json, written_whole
+from acestep_ray.cache.schema import (
+    hash_of,
+    quantise_directions,
+    table_from_bytes,
+    table_to_bytes,
+    write_json,
+)
+from acestep_ray.storage import Store
 
 
 def test_quantised_directions_point_where_the_features_did():
@@ -25,19 +31,29 @@ def test_quantised_frames_use_the_whole_range_and_zeros_stay_zeros():
     assert quantised.tolist() == [[0, 0], [127, 0], [-127, 64]]
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    file = tmp_path / "manifest.json"
-    write_json(file, {"a": 1})
-
-    def write_half() -> None:
-        with written_whole(file) as unfinished:
-            unfinished.write_text("half of")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_half()
-    assert json.loads(file.read_text()) == {"a": 1}
+def test_json_is_written_whole_and_readable(tmp_path):
+    store = Store.at(tmp_path)
+    write_json(store, "manifest.json", {"b": "ü", "a": 1})
+    text = (tmp_path / "manifest.json").read_text(encoding="utf-8")
+    assert text == '{\n  "a": 1,\n  "b": "ü"\n}\n'
+    with pytest.raises(TypeError):
+        write_json(store, "manifest.json", {"a": object()})
+    assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == text
     assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_tables_are_written_the_same_however_their_rows_are_chunked():
+    count = 100_000  # several pages
+    whole = pa.table({"key": [f"{i:040}" for i in range(count)], "part": ["x", *["y"] * (count - 1)]})
+    pieces = pa.concat_tables([whole.slice(0, 1001), whole.slice(1001)])
+    content = table_to_bytes(pieces, "part")
+    assert content == table_to_bytes(whole, "part")
+    read = table_from_bytes(content, whole.schema, "part")
+    assert read.cast(whole.schema).equals(whole)
+    assert read["part"].chunk(0).dictionary.to_pylist() == ["x", "y"]
+    for schema, repeated in ((pa.schema([("key", pa.string())]), None), (whole.schema, "file")):
+        with pytest.raises(pa.ArrowInvalid):
+            table_from_bytes(content, schema, repeated)
 
 
 def test_hash_depends_on_values_and_not_on_the_order_of_keys():

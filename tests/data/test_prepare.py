@@ -194,6 +194,13 @@ def test_audio_of_a_kind_that_is_not_read_stays_with_a_warning(songs):
     assert "convert" in summary.warnings[0]
 
 
+def test_audio_that_is_not_read_at_all_stays_with_a_warning(songs):
+    add(songs, "a.dsf")
+    summary, rows = prepare(songs)
+    assert list(rows) == ["a"]
+    assert "a.dsf: .dsf is not read" in summary.warnings[0]
+
+
 def test_damaged_audio_is_not_looked_into(songs):
     add(songs, "a.wav")
     (songs / "empty.wav").write_bytes(b"")
@@ -508,6 +515,31 @@ def test_a_source_that_is_no_folder_and_no_table_is_refused(songs):
 def test_a_dataset_inside_its_songs_or_the_reverse_is_refused(songs, output):
     add(songs, "a.wav")
     assert "inside each other" in refusal(songs, songs.parent / output)
+
+
+@pytest.mark.parametrize("setting", ["data_dir", "output_dir"])
+def test_urls_are_refused_with_what_to_do(songs, setting, monkeypatch):
+    add(songs, "a.wav")
+    monkeypatch.chdir(songs.parent)
+    before = tree(songs.parent)
+    settings = {"data_dir": str(songs), "output_dir": str(songs.parent / "set")} | {
+        setting: "s3://bucket/songs"
+    }
+    with pytest.raises(InputError, match=rf"--{setting} is a URL[^→]*s3://bucket/songs\n  → .*precompute"):
+        prepare_dataset(PrepareConfig(**settings))
+    assert tree(songs.parent) == before
+
+
+def test_a_url_in_a_table_is_a_problem(songs):
+    add(songs, "a.wav")
+    rows = [
+        {"key": "1", "filename": "s3://bucket/a.wav", "tags": "x", "speaker_emb_path": ""},
+        {"key": "2", "filename": "a.wav", "tags": "x", "speaker_emb_path": "s3://bucket/a.pt"},
+    ]
+    message = refusal(write_csv(songs / "list.csv", rows))
+    assert "row 1 (s3://bucket/a.wav): a URL" in message
+    assert "row 2 (a.wav): s3://bucket/a.pt: a URL" in message
+    assert "2 problems" in message
 
 
 def test_a_table_may_lie_beside_the_dataset(songs):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -9,6 +10,8 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from acestep_ray.data.schema import (
     RejectReason,
     dataset_features,
+    is_dataset_dir,
+    locate_file,
     open_dataset,
     resolve_audio_path,
     row_recaption,
@@ -16,6 +19,7 @@ from acestep_ray.data.schema import (
     row_text,
 )
 from acestep_ray.errors import InputError
+from acestep_ray.storage import Store
 
 
 def rows(*keys: str) -> list[dict]:
@@ -188,6 +192,87 @@ def test_audio_paths_that_leave_the_dataset_or_are_malformed_are_refused(tmp_pat
 def test_a_neighbour_whose_name_starts_alike_is_outside_the_dataset(tmp_path):
     with pytest.raises(InputError, match="leaves"):
         resolve_audio_path(tmp_path / "set", "../set2/a.wav")
+
+
+ROOTS = ["/music/set", "memory://bucket/set", "/"]
+
+
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize(
+    ("filename", "name"),
+    [
+        ("a.wav", "a.wav"),
+        ("audio/a.wav", "audio/a.wav"),
+        ("./audio//x/../a.wav", "audio/a.wav"),
+        ("..a/...wav", "..a/...wav"),
+        (" a .wav ", " a .wav "),
+        ("two\nlines 🎵#?%20.wav", "two\nlines 🎵#?%20.wav"),
+        ("..\\a.wav", "..\\a.wav"),
+        ("a:b/c.wav", "a:b/c.wav"),
+    ],
+)
+def test_file_names_are_relative_to_the_root(root, filename, name):
+    file = locate_file(Store.at(root), filename)
+    assert (file.store, file.name) == (Store.at(root), name)
+    assert file.url == f"{root.rstrip('/')}/{name}"
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_absolute_paths_and_urls_are_taken_as_they_are(root):
+    assert locate_file(Store.at(root), "/elsewhere/../a.wav").local_path == Path("/a.wav")
+    assert locate_file(Store.at(root), "memory://other/x/a.wav").url == "memory://other/x/a.wav"
+    assert locate_file(Store.at(root), "file:///x/a.wav").local_path == Path("/x/a.wav")
+
+
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize(
+    "filename",
+    [
+        "../a.wav",
+        "a/../../b.wav",
+        "..",
+        ".",
+        "a/..",
+        "",
+        " ",
+        "\n",
+        "a\0.wav",
+        "../set2/a.wav",
+        "nosuch://a/b.wav",
+        "s3://",
+    ],
+)
+def test_file_names_that_leave_the_root_or_are_malformed_are_refused(root, filename):
+    with pytest.raises(InputError):
+        locate_file(Store.at(root), filename)
+
+
+def test_symbolic_links_are_followed(tmp_path):
+    (tmp_path / "outside.wav").write_bytes(b"x")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.wav").symlink_to(tmp_path / "outside.wav")
+    assert locate_file(Store.at(tmp_path / "set"), "a.wav").read_bytes() == b"x"
+
+
+def test_a_dataset_directory_is_recognised(tmp_path):
+    save(rows("a"), tmp_path / "one")
+    save(DatasetDict(train=Dataset.from_list(rows("a"))), tmp_path / "splits")
+    (tmp_path / "songs").mkdir()
+    assert [is_dataset_dir(tmp_path / name) for name in ("one", "splits", "songs", "none")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_only_failures_of_storage_are_transient():
+    assert [reason for reason in RejectReason if reason.is_transient] == [RejectReason.UNREADABLE]
+
+
+def test_a_bad_text_is_found_by_the_text_stage():
+    assert RejectReason("bad_text") is RejectReason.BAD_TEXT
+    assert RejectReason.BAD_TEXT.stage == "text"
 
 
 @pytest.mark.parametrize("reason", RejectReason)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
+
+import fsspec
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
+from acestep_ray.storage import StoredFile
 
 DIM = 6
 VALUES = torch.linspace(-1, 1, DIM)
@@ -96,3 +100,33 @@ def test_missing_files_and_unknown_suffixes_are_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "none.pt")
     (tmp_path / "voice.bin").write_bytes(b"x")
     assert ".safetensors" in refusal(tmp_path / "voice.bin")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".safetensors"])
+def test_embeddings_are_read_from_object_storage(tmp_path, suffix):
+    content = write(tmp_path / f"voice{suffix}", VALUES).read_bytes()
+    fsspec.filesystem("memory").pipe_file(f"/voices/voice{suffix}", content)
+    url = f"memory://voices/voice{suffix}"
+    for file in (url, StoredFile.at(url)):
+        np.testing.assert_array_equal(load_speaker_embedding(file, DIM), VALUES.numpy())
+    with pytest.raises(SpeakerEmbeddingError, match="does not exist: memory://voices/none"):
+        load_speaker_embedding("memory://voices/none.pt", DIM)
+
+
+def test_numbers_of_the_other_byte_order_are_read(tmp_path):
+    np.save(tmp_path / "voice.npy", VALUES.numpy().astype(">f4"))
+    np.testing.assert_array_equal(load_speaker_embedding(tmp_path / "voice.npy", DIM), VALUES.numpy())
+
+
+def test_a_file_far_too_large_is_refused_unread(tmp_path):
+    with open(tmp_path / "voice.npy", "wb") as file:
+        file.truncate(1 << 40)
+    assert "bytes are no speaker embedding" in refusal(tmp_path / "voice.npy")
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    (tmp_path / "folder.pt").mkdir()
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "broken.pt").symlink_to(tmp_path / "none.pt")
+    for name in ("folder.pt", "pipe.pt", "broken.pt"):
+        assert "does not exist" in refusal(tmp_path / name)

@@ -63,9 +63,9 @@ def test_chunks_do_not_hear_each_other(encoders):
 def test_features_do_not_depend_on_how_many_chunks_share_a_pass(encoders, name, monkeypatch):
     stereo = song(62.0 if name == "m-hubert" else 12.0)
     together = encoders[name].encode(stereo)
-    monkeypatch.setattr("acestep_ray.models.ssl._SECONDS_PER_PASS", 1)
+    monkeypatch.setattr(encoders[name], "chunks_per_pass", 1)
     batches = []
-    hook = encoders[name].model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    hook = encoders[name].hubert.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     alone = encoders[name].encode(stereo)
     hook.remove()
     assert batches == [1, 1, 1]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from acestep_ray.cache.parts import (
-    claim_output_dir,
-    commit,
-    find_rows,
-    plan_parts,
-    read_dims,
-    row_to_bytes,
-    write_part,
-)
-from acestep_ray.cache.parts import store_song as store
-from acestep_ray.cache.schema import FORMAT_VERSION
+from acestep_ray.cache.parts import claim_output_dir, store_rows
 from acestep_ray.cache.stages import DecodedSong, Encoder, Recipe, Settings, Song
 from acestep_ray.data.audio import to_training_audio
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
+from tests.cache.rows import finish
 
 SECONDS = {"alpha": 4.0, "beta": 3.0, "gamma": 6.5}
 
@@ -35,7 +28,6 @@ def checkpoint(tmp_path_factory) -> CheckpointDir:
 def write_tiny_cache(checkpoint, tmp_path_factory):
     """Writes a cache of some of the songs of `SECONDS`; returns its directory."""
     settings = Settings(
-        max_duration=240.0,
         tag_shuffles=2,
         ssl_frame_stride=1,
         seed=0,
@@ -44,17 +36,11 @@ def write_tiny_cache(checkpoint, tmp_path_factory):
     encoder = Encoder.load(checkpoint, Recipe(settings, {}), "cpu")
 
     def write(*keys: str) -> Path:
-        cache = tmp_path_factory.mktemp("cache") / "cache"
+        cache = Store.at(tmp_path_factory.mktemp("cache") / "cache")
         claim_output_dir(cache)
-        for key in keys:
-            store(cache, row_to_bytes(encoder.encode_song(melody(key))))
-        parts = plan_parts(rows[0] for rows in find_rows(cache).values())
-        for part in parts:
-            write_part(cache, part)
-        counts = {"inputs": len(keys), "samples": len(keys), "rejects": 0}
-        manifest = {"format_version": FORMAT_VERSION, "counts": counts, "settings": vars(settings)}
-        commit(cache, parts, [], {**manifest, **read_dims(cache, parts[0])})
-        return cache
+        store_rows(cache, [encoder.encode_song(melody(key)) for key in keys])
+        finish(cache, settings=asdict(settings))
+        return cache.path
 
     return write
 
@@ -74,4 +60,17 @@ def melody(key: str) -> DecodedSong:
     audio = to_training_audio(wave[None].numpy(), 48_000)
     lyrics = "" if key == "beta" else f"[verse]\nHello {key}\nla la la"
     song = Song(key, f"{key}.wav", ["calm", key], {"simplified": f"the song {key}"}, lyrics, "", "")
-    return DecodedSong(song, "0" * 64, None, seconds, audio.numpy(), None)
+    return DecodedSong(
+        song=song,
+        key=key,
+        window=0,
+        is_last_window=True,
+        start_seconds=0.0,
+        audio_sha256="0" * 64,
+        audio_version="1-1",
+        speaker_sha256=None,
+        speaker_version=None,
+        duration_seconds=seconds,
+        wave=audio.numpy(),
+        speaker=None,
+    )

@@ -15,13 +15,14 @@ _GROUPED_BY_COMMAS = re.compile(r"\b\d{1,3}(?:,\d{3})*(?:\.\d+)?\b")
 _GROUPED_BY_DOTS = re.compile(r"\b\d{1,3}(?:\.\d{3})*(?:,\d+)?\b")
 _COMMA_GROUPING_LANGUAGES = frozenset({"en", "ru"})
 
+# The look-behinds change no match: they keep a long number from being tried anew at each of its digits.
 _AMOUNT = r"[0-9.,]*[0-9]"
 # In the order in which they are read: the first currency that fails leaves those after it as signs.
 _CURRENCIES = tuple(
-    (code, re.compile(rf"{sign}{_AMOUNT}|{_AMOUNT}{sign}"))
+    (code, re.compile(rf"{sign}{_AMOUNT}|(?<![0-9.,]){_AMOUNT}{sign}"))
     for code, sign in (("GBP", "£"), ("USD", r"\$"), ("EUR", "€"))
 )
-_DECIMAL = re.compile(r"[0-9]+[.,][0-9]+")
+_DECIMAL = re.compile(r"(?<![0-9])[0-9]+[.,][0-9]+")
 _INTEGER = re.compile(r"[0-9]+")
 _DIGIT = re.compile(r"\d")
 _TOO_LONG_IN_CHINESE = re.compile(r"((?<![\d.])\d{17,})")
@@ -83,7 +84,7 @@ def _spell_amounts(text: str, language: str) -> str:
 
 @cache
 def _ordinal_pattern(language: str) -> re.Pattern:
-    return re.compile(tables()["ordinals"][language])
+    return re.compile("(?<![0-9])" + tables()["ordinals"][language])
 
 
 def spell_chinese_numbers(text: str) -> str:

@@ -21,6 +21,8 @@ from acestep_ray.data.lyrics.segment import (
 from acestep_ray.errors import InputError
 
 MAX_LYRIC_TOKENS = 4096
+MAX_LINE_CHARACTERS = 32_768
+"""A line is cut after this many characters: whole books in one line would take minutes."""
 
 # The token that stands where there are no lyrics; its mask is 0, as in the released model's inference.
 _NO_LYRICS_ID = 0
@@ -28,7 +30,7 @@ _START, _SPACE, _UNKNOWN = "[START]", "[SPACE]", "[UNK]"
 _LANGUAGE_TOKENS = {language: f"[{'zh-cn' if language == 'zh' else language}]" for language in LANGUAGES}
 _REQUIRED_TOKENS = (_START, _SPACE, _UNKNOWN, *_LANGUAGE_TOKENS.values())
 # Part of the fingerprint: raise it whenever the same lyrics and vocabulary give other ids than before.
-_RULES_VERSION = 1
+_RULES_VERSION = 2
 
 # What the vocabulary of the tiny checkpoint is made of.
 _STRUCTURE_TAGS = [
@@ -126,15 +128,16 @@ class LyricTokenizer:
         """Return the tokens of `lyrics`: `[START]`, then every line's, each closed by `[SPACE]`.
 
         A blank line is `[SPACE]` alone. A line that starts with a tag in brackets is English; `language` decides
-        for all others, or, where it is None, `detect_line_languages`. Raises `InputError` for a language that is
-        not supported.
+        for all others, or, where it is None, `detect_line_languages` over the first 4096 lines that are not blank.
+        Raises `InputError` for a language that is not supported.
         """
         chosen = None if language is None else parse_language(language)
-        lines = [line.strip() for line in lyrics.split("\n")]
+        lines = [line.strip()[:MAX_LINE_CHARACTERS] for line in lyrics.split("\n")]
         if not any(lines):
             return LyricTokens([_NO_LYRICS_ID], [])
 
-        languages = iter(self._line_languages([line for line in lines if line], chosen))
+        # Each line is a token at least.
+        languages = iter(self._line_languages([line for line in lines if line][:MAX_LYRIC_TOKENS], chosen))
         ids = [self._start_id]
         encoded_languages = []
         for line in lines:

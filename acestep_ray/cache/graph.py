@@ -1,0 +1,339 @@
+"""The stages of precompute as Ray Data runs them: tables in, tables out, over the functions of `stages`.
+
+    lists of songs ─▶ plan ─▶ decode ─▶ encode ─▶ store ─▶ receipts
+                     (tasks)  (tasks)   (actors)  (tasks)
+
+Every table that a stage yields is a block of its own, and a block of decoded songs is a batch of the encoders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+
+from acestep_ray.cache.parts import store_rejects, store_rows
+from acestep_ray.cache.schema import INCOMING, LEDGER_SCHEMA, SAMPLE_SCHEMA
+from acestep_ray.cache.stages import (
+    DecodedSong,
+    Encoder,
+    Recipe,
+    Reject,
+    Settings,
+    Song,
+    build_row,
+    decode_song,
+    file_versions,
+)
+from acestep_ray.cache.transport import decoded_table, plain_faults, read_decoded
+from acestep_ray.data.audio import MIN_SECONDS, SAMPLE_RATE, probe_seconds
+from acestep_ray.data.schema import RejectReason, locate_file
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.storage import Store
+
+LATENT_FRAMES_PER_SECOND = 44_100 / 512 / 8
+
+_PLAN_CPUS = 0.25
+_DECODE_CPUS = 1.0
+_STORE_CPUS = 0.25
+# On a machine with few cores, so that every stage finds a place beside the encoders.
+_FEW_CPUS, _DECODE_CPUS_OF_FEW = 4, 0.5
+# Ray Data retries without end what a dead worker was doing: nobody would wait for a song that kills its worker.
+_ATTEMPTS = 3
+_SONGS_PER_LIST = 128
+# Songs that share a stored file; few songs get one each, so that little is lost when the run is killed.
+_SONGS_PER_FILE, _FEW_SONGS = 8, 64
+_TYPICAL_BITRATES = {".wav": 1_411_000, ".aiff": 1_411_000, ".aif": 1_411_000, ".flac": 900_000}
+_TYPICAL_BITRATE = 160_000
+_BY_BLOCK = {"batch_size": None, "batch_format": "pyarrow"}
+
+
+@dataclass(frozen=True)
+class EncoderPool:
+    """Actors that hold the models of some groups of features, and what each reserves."""
+
+    features: tuple[str, ...]
+    device: str
+    actors: int
+    num_cpus: float
+    """On a CPU also the number of threads, at least one."""
+    num_gpus: float
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Everything that the stages need to know."""
+
+    root: Store
+    """File names of songs are relative to it."""
+    cache: Store
+    checkpoint_dir: str
+    recipe: Recipe
+    pools: list[EncoderPool]
+    """One stage of encoders each."""
+    batch_frames: int
+    """Latent frames of a batch, padding included."""
+    decode_workers: int | None
+
+    @property
+    def budget(self) -> float:
+        """Seconds of a batch, padding included."""
+        return self.batch_frames / LATENT_FRAMES_PER_SECOND
+
+    def run(self, songs: Iterable[Song], count: int) -> Iterator[tuple[pa.Table, list[Reject]]]:
+        """Plan, decode, encode and store `count` songs; yields the ledger and the rejects of some, as they end."""
+        with DataContext.current(self.context()):
+            dataset = self._stored(self.decoded(songs, count), count)
+            for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for receipt in receipts.to_pylist():
+                    yield (
+                        pa.Table.from_pylist(json.loads(receipt["ledger"]), schema=LEDGER_SCHEMA),
+                        [Reject(**values) for values in json.loads(receipt["rejects"])],
+                    )
+
+    def context(self) -> DataContext:
+        """Ray Data's settings while the graph is made and runs."""
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.raise_original_map_exception = True
+        # Every table that a stage yields is a block of its own, so that no song waits for another.
+        context.target_max_block_size = 1
+        return context
+
+    def decoded(self, songs: Iterable[Song], count: int) -> ray.data.Dataset:
+        """Batches of decoded songs, a block each; to be made and run within `context`."""
+        cpus = ray.cluster_resources()["CPU"]
+        # Short lists let a small dataset spread over the cluster, and a large one needs no million of them.
+        lists = self._write_lists(songs, min(_SONGS_PER_LIST, -(-count // int(4 * cpus))))
+        shared = {"root": self.root, "recipe": self.recipe, "budget": self.budget}
+        dataset = ray.data.from_arrow([pa.table({"list": [name]}) for name in lists])
+        dataset = dataset.map_batches(
+            partial(_plan, cache=self.cache, **shared), num_cpus=_PLAN_CPUS, **_BY_BLOCK
+        )
+        return dataset.map_batches(
+            partial(_decode, attempts=self.attempts, **shared),
+            num_cpus=_DECODE_CPUS if cpus >= _FEW_CPUS else _DECODE_CPUS_OF_FEW,
+            compute=TaskPoolStrategy(size=self.decode_workers),
+            **_BY_BLOCK,
+        )
+
+    def _stored(self, dataset: ray.data.Dataset, count: int) -> ray.data.Dataset:
+        for pool in self.pools:
+            dataset = dataset.map_batches(
+                _Encode,
+                fn_constructor_args=(self.checkpoint_dir, self.recipe, pool, self.attempts),
+                fn_kwargs={"keep_wave": pool is not self.pools[-1]},
+                compute=ActorPoolStrategy(size=min(pool.actors, count)),
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus,
+                **_BY_BLOCK,
+            )
+        return dataset.map_batches(
+            partial(_store, cache=self.cache, recipe=self.recipe),
+            batch_size=1 if count < _FEW_SONGS else _SONGS_PER_FILE,
+            batch_format="pyarrow",
+            num_cpus=_STORE_CPUS,
+        )
+
+    @cached_property
+    def attempts(self) -> Any:
+        """The actor that counts attempts, of this run."""
+        return ray.remote(num_cpus=0)(_Attempts).remote()
+
+    def _write_lists(self, songs: Iterable[Song], per_list: int) -> list[str]:
+        """Write lists of songs beside the cache, for any worker to read: they need not fit in memory."""
+        names, songs = [], iter(songs)
+        for some in iter(lambda: list(islice(songs, per_list)), []):
+            names.append(f"{INCOMING}/songs/{len(names):06d}.json")
+            self.cache.write_bytes(names[-1], json.dumps([asdict(song) for song in some]).encode())
+        return names
+
+
+class _Attempts:
+    """An actor that counts how often a stage has begun a song that it did not finish: its process ended."""
+
+    def __init__(self):
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def begin(self, stage: str, keys: list[str]) -> int:
+        """The number of this attempt, counted from 1, of that of the songs which was tried most often."""
+        self.counts.update((stage, key) for key in keys)
+        return max(self.counts[stage, key] for key in keys)
+
+    def end(self, stage: str, keys: list[str]) -> None:
+        for key in keys:
+            self.counts.pop((stage, key), None)
+
+
+@contextlib.contextmanager
+def _counted(attempts: Any, stage: str, keys: list[str]) -> Iterator[int]:
+    """The number of this attempt; what raises has not ended its process, and counts as finished."""
+    number = ray.get(attempts.begin.remote(stage, keys))
+    try:
+        yield number
+    finally:
+        attempts.end.remote(stage, keys)
+
+
+def _plan(batch: pa.Table, cache: Store, root: Store, recipe: Recipe, budget: float) -> Iterator[pa.Table]:
+    """`list`, the name of a list of songs → tables with one group of songs each, for `_decode`."""
+    for name in batch["list"].to_pylist():
+        songs = [Song(**values) for values in json.loads(cache.read_bytes(name))]
+        planned = [(estimate_seconds(root, song, recipe.settings), song) for song in songs]
+        for group in group_by_length(planned, budget):
+            yield pa.table({"songs": [json.dumps([asdict(song) for song in group])]})
+
+
+def estimate_seconds(root: Store, song: Song, settings: Settings) -> float:
+    """About how much audio the song will give, at most; a guess is good enough to form batches by."""
+    longest = math.inf if settings.window == "all" else settings.window_seconds
+    try:
+        file = locate_file(root, song.filename)
+        if file.local_path is not None:
+            seconds = probe_seconds(file)
+        else:  # a header costs as much as the file
+            status = file.status()
+            bitrate = _TYPICAL_BITRATES.get(file.suffix, _TYPICAL_BITRATE)
+            seconds = status.size * 8 / bitrate if status else None
+    except (InputError, AceStepError, OSError):
+        seconds = None  # decoding says why
+    return max(MIN_SECONDS, min(seconds if seconds is not None else settings.window_seconds, longest))
+
+
+def group_by_length(songs: Iterable[tuple[float, Song]], budget: float) -> list[list[Song]]:
+    """Songs, each with its seconds, in groups of nearly equal length that, padded to the longest, stay within `budget`.
+
+    A song over the budget is alone in its group.
+    """
+    groups: list[list[Song]] = []
+    longest = 0.0
+    for seconds, song in sorted(songs, key=lambda entry: (-entry[0], entry[1].key)):
+        # The first song of a group is its longest; half its length is not nearly equal any more.
+        if groups and (len(groups[-1]) + 1) * longest <= budget and seconds >= longest / 2:
+            groups[-1].append(song)
+        else:
+            groups.append([song])
+            longest = seconds
+    return groups
+
+
+def _decode(batch: pa.Table, root: Store, recipe: Recipe, budget: float, attempts: Any) -> Iterator[pa.Table]:
+    """A group of songs → tables of at most `budget` seconds with a row for each window: decoded, or a receipt."""
+    waiting: list[DecodedSong | Reject] = []
+    for values in (values for group in batch["songs"].to_pylist() for values in json.loads(group)):
+        song = Song(**values)
+        for outcome in _decode_one(root, song, recipe, attempts):
+            if _padded_seconds([*waiting, outcome]) > budget and waiting:
+                yield decoded_table(waiting)
+                waiting = []
+            waiting.append(outcome)
+    if waiting:
+        yield decoded_table(waiting)
+
+
+def _decode_one(root: Store, song: Song, recipe: Recipe, attempts: Any) -> Iterator[DecodedSong | Reject]:
+    versions = file_versions(root, song)
+    with plain_faults(song.key), _counted(attempts, "decode", [song.key]) as attempt:
+        if attempt > _ATTEMPTS:
+            reason = RejectReason.CORRUPT
+            yield Reject(
+                key=song.key,
+                filename=song.filename,
+                stage=reason.stage,
+                reason=reason.value,
+                message=f"reading the file has ended its process {_ATTEMPTS} times",
+                song_key=song.key,
+                fingerprint=recipe.reject_fingerprint(song, versions),
+                audio_version=versions.audio,
+            )
+        else:
+            yield from decode_song(root, song, recipe, versions)
+
+
+def _padded_seconds(outcomes: Sequence[DecodedSong | Reject]) -> float:
+    lengths = [
+        outcome.wave.shape[1] / SAMPLE_RATE for outcome in outcomes if isinstance(outcome, DecodedSong)
+    ]
+    return len(lengths) * max(lengths, default=0.0)
+
+
+class _Encode:
+    """Decoded songs, on an actor that keeps some models → the same with the columns that those give."""
+
+    def __init__(self, checkpoint_dir: str, recipe: Recipe, pool: EncoderPool, attempts: Any):
+        self.checkpoint_dir = checkpoint_dir
+        self.recipe = recipe
+        self.pool = pool
+        self.attempts = attempts
+        self.name = f"encode {'+'.join(pool.features)}"
+        self.encoder: Encoder | None = None
+        if pool.device == "cpu":
+            torch.set_num_threads(max(1, int(pool.num_cpus)))
+
+    def __call__(self, batch: pa.Table, keep_wave: bool) -> pa.Table:
+        rejects = batch["reject"].to_pylist()
+        places = [row for row, reject in enumerate(rejects) if reject is None]
+        columns: list[dict[str, Any]] = [{} for _ in rejects]
+        if places:
+            songs = [read_decoded(batch, row) for row in places]
+            for row, outcome in zip(places, self._encode(songs), strict=True):
+                if isinstance(outcome, Reject):
+                    rejects[row] = json.dumps(asdict(outcome))
+                else:
+                    columns[row] = outcome
+        batch = batch.set_column(batch.column_names.index("reject"), "reject", pa.array(rejects, pa.string()))
+        for name in dict.fromkeys(name for values in columns for name in values):
+            kind = SAMPLE_SCHEMA.field(name).type
+            batch = batch.append_column(name, pa.array([values.get(name) for values in columns], kind))
+        # 92 MB a song that nobody needs any more.
+        return batch if keep_wave else batch.drop_columns("wave")
+
+    def _encode(self, songs: list[DecodedSong]) -> list[dict[str, Any] | Reject]:
+        keys = [song.key for song in songs]
+        with plain_faults(keys[0]), _counted(self.attempts, self.name, keys) as attempt:
+            if attempt > _ATTEMPTS:
+                raise RuntimeError(f"encoding has ended its process {_ATTEMPTS} times (out of memory?)")
+            if attempt > 1:  # whichever song it was, it shall not take the others with it again
+                return [outcome for song in songs for outcome in self._models().encode([song])]
+            return self._models().encode(songs)
+
+    def _models(self) -> Encoder:
+        # Loaded for the first song that decodes: a rerun that only meets old rejects loads nothing.
+        if self.encoder is None:
+            from acestep_ray.models.checkpoint import CheckpointDir
+
+            self.encoder = Encoder.load(
+                CheckpointDir.open(self.checkpoint_dir), self.recipe, self.pool.device, self.pool.features
+            )
+        return self.encoder
+
+
+def _store(batch: pa.Table, cache: Store, recipe: Recipe) -> pa.Table:
+    """Encoded songs to a file of the cache; what is left is their ledger and their rejects."""
+    rejects = [Reject(**json.loads(values)) for values in batch["reject"].to_pylist() if values is not None]
+    names = [name for name in batch.column_names if name in SAMPLE_SCHEMA.names and name != "speaker"]
+    rows = []
+    for row, reject in enumerate(batch["reject"].to_pylist()):
+        if reject is None:
+            columns = batch.select(names).slice(row, 1).to_pylist()[0]
+            rows.append(build_row(read_decoded(batch, row), columns, recipe))
+    ledger = store_rows(cache, rows) if rows else LEDGER_SCHEMA.empty_table()
+    store_rejects(cache, rejects)
+    receipt = {
+        "ledger": [json.dumps(ledger.to_pylist())],
+        "rejects": [json.dumps([asdict(reject) for reject in rejects])],
+    }
+    return pa.table(receipt)

@@ -1,0 +1,153 @@
+"""What earlier runs have left of each song: found again, compared, and at the end counted. No Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from acestep_ray.cache.stages import FileVersions, Recipe, Reject, Song, file_versions, rows_are_current
+from acestep_ray.data.schema import RejectReason
+from acestep_ray.errors import AceStepError
+from acestep_ray.storage import Store
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A song whose outcome is on disk, made by this recipe of files whose bytes or versions are noted here."""
+
+    song: Song
+    versions: FileVersions | None
+    """Of the files that its rows were made of; None where it has no rows."""
+    audio_sha256: str
+    speaker_sha256: str | None
+    reject_fingerprint: str | None
+    """Of its rejects; None where it has none."""
+
+
+class Outcomes:
+    """Rows and rejects on disk, by song."""
+
+    def __init__(self, rows: pa.Table, rejects: list[Reject]):
+        self.rows, self.rejects = rows, rejects
+        self._rows_of: dict[str, list[int]] = {}
+        for place, key in enumerate(rows["song_key"].to_pylist()):
+            self._rows_of.setdefault(key, []).append(place)
+        self._rejects_of: dict[str, list[int]] = {}
+        for place, reject in enumerate(rejects):
+            self._rejects_of.setdefault(reject.song_key, []).append(place)
+        self._chosen: dict[str, tuple[list[int], list[int]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._rows_of or self._rejects_of)
+
+    def candidate(self, song: Song, recipe: Recipe) -> Candidate | None:
+        """The song's outcome, if it is complete and this recipe's; only its files are still to be looked at."""
+        rows = self._matching_rows(song, recipe)
+        rejects: dict[int, int] = {}
+        fingerprint = None
+        for place in self._rejects_of.get(song.key, ()):
+            reject = self.rejects[place]
+            if reject.fingerprint is None or RejectReason(reject.reason).is_transient:
+                continue
+            if fingerprint in (None, reject.fingerprint):
+                fingerprint = reject.fingerprint
+                rejects.setdefault(reject.window, place)
+        rejects = {window: place for window, place in rejects.items() if window not in rows}
+        ends = [w for w, place in rows.items() if self.rows["is_last_window"][place].as_py()]
+        ends += [w for w, place in rejects.items() if self.rejects[place].is_last_window]
+        windows = sorted([*rows, *rejects])
+        if not windows or windows != list(range(len(windows))) or ends != [len(windows) - 1]:
+            return None
+        self._chosen[song.key] = (list(rows.values()), list(rejects.values()))
+        values = self._row(next(iter(rows.values()))) if rows else {}
+        return Candidate(
+            song=song,
+            versions=FileVersions(values["audio_version"], values["speaker_version"]) if rows else None,
+            audio_sha256=values.get("audio_sha256", ""),
+            speaker_sha256=values.get("speaker_sha256"),
+            reject_fingerprint=fingerprint if rejects else None,
+        )
+
+    def _matching_rows(self, song: Song, recipe: Recipe) -> dict[int, int]:
+        """Places of the rows that are this recipe's, by window; of several versions of the song, the first's."""
+        rows: dict[int, int] = {}
+        chosen = None
+        for place in self._rows_of.get(song.key, ()):
+            values = self._row(place)
+            expected = recipe.row_fingerprint(song, values["audio_sha256"], values["speaker_sha256"])
+            if values["fingerprint"] == expected and chosen in (None, expected):
+                chosen = expected
+                rows.setdefault(values["window"], place)
+        return rows
+
+    def _row(self, place: int) -> dict[str, Any]:
+        names = (
+            "fingerprint", "window", "audio_sha256", "audio_version", "speaker_sha256", "speaker_version"
+        )  # fmt: skip
+        return {name: self.rows[name][place].as_py() for name in names}
+
+    def of(self, keys: set[str]) -> tuple[pa.Table, list[Reject]]:
+        """Rows and rejects of the songs that are unchanged."""
+        chosen = [self._chosen[key] for key in self._chosen if key in keys]
+        rows = sorted(place for places, _ in chosen for place in places)
+        rejects = sorted(place for _, places in chosen for place in places)
+        return self.rows.take(pa.array(rows, pa.int64())), [self.rejects[place] for place in rejects]
+
+
+def rejects_of(table: pa.Table) -> list[Reject]:
+    return [Reject(**values) for values in table.to_pylist()]
+
+
+def unchanged_songs(root: Store, recipe: Recipe, candidates: list[Candidate]) -> list[str]:
+    """Keys of the songs whose files are still the ones that they were."""
+    unchanged = []
+    for candidate in candidates:
+        song = candidate.song
+        if candidate.reject_fingerprint is not None:
+            versions = file_versions(root, song)
+            if recipe.reject_fingerprint(song, versions) != candidate.reject_fingerprint:
+                continue
+        if candidate.versions is None or rows_are_current(
+            root, song, candidate.versions, candidate.audio_sha256, candidate.speaker_sha256
+        ):
+            unchanged.append(song.key)
+    return unchanged
+
+
+def first_of_each(rows: pa.Table) -> pa.Table:
+    """The first row of every key: a task that was run twice may have stored its songs twice."""
+    first = (
+        rows.append_column("place", pa.array(np.arange(len(rows))))
+        .group_by("key")
+        .aggregate([("place", "min")])
+    )
+    return rows.take(first["place_min"].sort())
+
+
+def check_complete(keys: Iterable[str], rows: pa.Table, rejects: Sequence[Reject]) -> None:
+    """Every song is in exactly one of samples and rejects, with all its windows, or some were lost or doubled.
+
+    Raises AceStepError with the keys.
+    """
+    outcomes = zip(
+        *(rows[name].to_pylist() for name in ("song_key", "window", "is_last_window")), strict=True
+    )
+    seen = Counter((key, window) for key, window, _ in outcomes)
+    seen.update((reject.song_key, reject.window) for reject in rejects)
+    outcomes = zip(
+        *(rows[name].to_pylist() for name in ("song_key", "window", "is_last_window")), strict=True
+    )
+    last = [(key, window) for key, window, is_last in outcomes if is_last]
+    last += [(reject.song_key, reject.window) for reject in rejects if reject.is_last_window]
+    windows, ends = Counter(key for key, _ in seen), dict(last)
+    wrong = {key for (key, _), count in seen.items() if count > 1}
+    wrong |= {key for key, count in Counter(key for key, _ in last).items() if count > 1}
+    wrong |= {key for key, count in windows.items() if ends.get(key) != count - 1}
+    wrong |= set(keys) ^ set(windows)
+    if wrong:
+        raise AceStepError(f"{len(wrong)} songs were lost or doubled on the way, among them {min(wrong)!r}")

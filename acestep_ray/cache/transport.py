@@ -1,0 +1,58 @@
+"""Decoded songs on their way from the processes that decode to those that encode: rows of Arrow tables, no Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+
+from acestep_ray.cache.stages import DecodedSong, Reject
+from acestep_ray.errors import InputError
+
+
+def decoded_table(outcomes: Sequence[DecodedSong | Reject]) -> pa.Table:
+    """One row each: `reject` or `decoded` as JSON, and the arrays."""
+    songs = [outcome if isinstance(outcome, DecodedSong) else None for outcome in outcomes]
+    rejects = [
+        None if isinstance(outcome, DecodedSong) else json.dumps(asdict(outcome)) for outcome in outcomes
+    ]
+    return pa.table(
+        {
+            "reject": pa.array(rejects, pa.string()),
+            "decoded": pa.array([song and json.dumps(song.header()) for song in songs], pa.string()),
+            "wave": _binary([None if song is None else song.wave for song in songs]),
+            "speaker": _binary([None if song is None else song.speaker for song in songs]),
+        }
+    )
+
+
+def _binary(arrays: Sequence[np.ndarray | None]) -> pa.Array:
+    contents = [None if array is None else np.ascontiguousarray(array).data.cast("B") for array in arrays]
+    return pa.array(contents, pa.large_binary())
+
+
+def read_decoded(batch: pa.Table, row: int) -> DecodedSong:
+    """Row `row`, whose wave shares the memory of the batch; without one, it is empty."""
+    header = json.loads(batch["decoded"][row].as_py())
+    arrays = {}
+    for name in ("wave", "speaker"):
+        value = batch[name][row] if name in batch.column_names else None
+        is_there = value is not None and value.is_valid
+        arrays[name] = np.frombuffer(value.as_buffer(), np.float32) if is_there else None
+    wave = np.zeros((2, 0), np.float32) if arrays["wave"] is None else arrays["wave"].reshape(2, -1)
+    return DecodedSong.from_header(header, wave, arrays["speaker"])
+
+
+@contextlib.contextmanager
+def plain_faults(key: str) -> Iterator[None]:
+    """Raises a fault as one that survives the way to the driver: some libraries' errors cannot be unpickled."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__} at song {key!r}: {error}") from error

@@ -1,0 +1,162 @@
+"""Where the bytes of an audio file come from: a path, memory, or ranges of an object in storage."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import posixpath
+import stat
+from typing import Any, BinaryIO
+
+from acestep_ray.data.schema import RejectReason
+from acestep_ray.storage import StorageError, StoredFile, is_url
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+class AudioError(Exception):
+    """A file that is not usable audio. `reason` is what the cache stores, the text is for the user."""
+
+    def __init__(self, reason: RejectReason, message: str):
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class AudioSource:
+    """The bytes of an audio file: a local path, an object held in memory, or one that is read by ranges.
+
+    Raises AudioError unless it is a regular file with something in it that may be read.
+    """
+
+    def __init__(self, file: StoredFile | str | os.PathLike[str], whole_fetch_bytes: int):
+        stored = file if isinstance(file, StoredFile) else None
+        if stored is None and is_url(os.fspath(file)):
+            stored = StoredFile.at(file)
+        local = os.fspath(file) if stored is None else stored.local_path
+        self.path = None if local is None else str(local)
+        self.name = self.path or stored.url
+        self.suffix = posixpath.splitext(self.name)[1].lower()
+        self.content: bytes | None = None
+        self._stored = stored
+        self._ranges: WatchedFile | None = None
+        try:
+            self.size = self._open_object(whole_fetch_bytes) if self.path is None else self._check_path()
+        except (OSError, ValueError, StorageError) as error:
+            raise self._error(error) from None
+        if self.size == 0:
+            raise AudioError(RejectReason.EMPTY, f"the audio file is empty (0 bytes): {self.name}")
+
+    def reader(self) -> str | WatchedFile:
+        """What a decoder opens: the path, or a file at its start. The one before is no longer to be used."""
+        if self.path is not None:
+            return self.path
+        if self._ranges is None:
+            return WatchedFile(io.BytesIO(self.content))
+        self._ranges.seek(0)
+        return self._ranges
+
+    def read_at(self, position: int, length: int) -> bytes:
+        """At most `length` bytes from `position`; decoders that are reading do not notice."""
+        if self.content is not None:
+            return self.content[position : position + length]
+        if self._ranges is not None:
+            place = self._ranges.tell()
+            self._ranges.seek(position)
+            found = self._ranges.read(length)
+            self._ranges.seek(place)
+            self.raise_failure()
+            return found
+        try:
+            with open(self.path, "rb") as file:
+                return os.pread(file.fileno(), length, position)
+        except OSError as error:
+            raise self._error(error) from None
+
+    def sha256(self) -> str:
+        if self.content is not None:
+            return hashlib.sha256(self.content).hexdigest()
+        digest = hashlib.sha256()
+        block = memoryview(bytearray(_HASH_BLOCK_BYTES))
+        try:
+            with open(self.path, "rb", buffering=0) if self.path else self._stored.open() as file:
+                while count := file.readinto(block):
+                    digest.update(block[:count])
+        except (OSError, StorageError) as error:
+            raise self._error(error) from None
+        return digest.hexdigest()
+
+    def raise_failure(self) -> None:
+        """Raise as AudioError what storage said while a decoder, which cannot pass it on, was reading."""
+        if self._ranges is not None and self._ranges.failure is not None:
+            raise self._error(self._ranges.failure)
+
+    def close(self) -> None:
+        if self._ranges is not None:
+            self._ranges.close()
+
+    def _check_path(self) -> int:
+        status = os.stat(self.path)
+        if not stat.S_ISREG(status.st_mode):
+            raise AudioError(RejectReason.UNSUPPORTED, f"not a regular file: {self.name}")
+        with open(self.path, "rb"):
+            return status.st_size
+
+    def _open_object(self, whole_fetch_bytes: int) -> int:
+        status = self._stored.status()
+        if status is None:
+            raise FileNotFoundError(self.name)
+        if 0 < status.size <= whole_fetch_bytes:
+            self.content = self._stored.read_bytes()
+            return len(self.content)
+        if status.size:
+            self._ranges = WatchedFile(self._stored.open())
+        return status.size
+
+    def _error(self, error: Exception) -> AudioError:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) or (
+            isinstance(error, OSError) and error.errno == errno.ELOOP
+        ):
+            return AudioError(RejectReason.MISSING, f"the audio file does not exist: {self.name}")
+        text = getattr(error, "strerror", None) or str(error)
+        return AudioError(RejectReason.UNREADABLE, f"{text}: {self.name}")
+
+
+class WatchedFile:
+    """A file for decoders written in C, which ask for impossible places and lose exceptions: it keeps them."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.failure: Exception | None = None
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._file.readinto(buffer)
+        except Exception as error:  # whatever the client of the storage raises
+            self.failure = error
+            return 0
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except Exception as error:
+            self.failure = error
+            return b""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        # Damaged headers point before the start of the file: such a seek stays where it is.
+        with contextlib.suppress(ValueError, OSError, OverflowError):
+            self._file.seek(offset, whence)
+        return self._file.tell()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()

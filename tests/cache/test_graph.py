@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from acestep_ray.cache import graph
+from acestep_ray.cache.graph import estimate_seconds, group_by_length
+from acestep_ray.cache.stages import DecodedSong, Song, decode_song, file_versions
+from acestep_ray.cache.transport import read_decoded
+from acestep_ray.storage import Store
+from tests.cache.conftest import RECIPE, SETTINGS, noise, song
+
+BUDGET = 10.0
+
+
+def test_groups_are_of_nearly_equal_length_and_within_the_budget():
+    random = np.random.default_rng(0)
+    songs = [(float(seconds), song(f"s{i}")) for i, seconds in enumerate(random.uniform(3, 240, 500))]
+    seconds_of = {one.key: seconds for seconds, one in songs}
+    groups = group_by_length(songs, 480.0)
+    assert sorted(one.key for group in groups for one in group) == sorted(seconds_of)
+    for group in groups:
+        lengths = [seconds_of[one.key] for one in group]
+        assert len(group) * max(lengths) <= 480.0
+        assert min(lengths) >= max(lengths) / 2
+    padded = sum(len(group) * max(seconds_of[one.key] for one in group) for group in groups)
+    assert padded < 1.1 * sum(seconds_of.values())
+    assert len(groups) < 250
+
+
+def test_short_songs_share_a_group_and_one_over_the_budget_is_alone():
+    songs = [(3.0, song(f"s{i}")) for i in range(7)] + [(math.inf, song("long")), (11.0, song("over"))]
+    groups = [[one.key for one in group] for group in group_by_length(songs, BUDGET)]
+    assert groups == [["long"], ["over"], ["s0", "s1", "s2"], ["s3", "s4", "s5"], ["s6"]]
+
+
+def test_the_order_of_the_songs_does_not_change_the_groups():
+    songs = [(float(1 + i % 5), song(f"s{i}")) for i in range(40)]
+    assert group_by_length(songs, BUDGET) == group_by_length(reversed(songs), BUDGET)
+
+
+def test_a_song_is_estimated_by_its_header_and_its_window(song_folder):
+    song_folder.add("a", noise(9.0))
+    song_folder.add("b", b"once upon a time")
+    root = Store.at(song_folder.path)
+    assert estimate_seconds(root, song("a"), SETTINGS) == 9.0
+    assert estimate_seconds(root, song("a"), replace(SETTINGS, window_seconds=4.0)) == 4.0
+    assert estimate_seconds(root, song("a"), replace(SETTINGS, window="all", window_seconds=4.0)) == 9.0
+    for unknown in ("b", "gone"):
+        assert estimate_seconds(root, song(unknown), SETTINGS) == 240.0
+    assert estimate_seconds(root, song("a", filename="../a.wav"), SETTINGS) == 240.0
+
+
+def test_a_song_in_object_storage_is_estimated_without_reading_it(monkeypatch):
+    root = Store.at("memory://songs")
+    root.write_bytes("a.flac", bytes(9_000_000))
+    monkeypatch.setattr(Store, "read_bytes", None)
+    monkeypatch.setattr(Store, "open", None)
+    assert estimate_seconds(root, song("a", filename="a.flac"), SETTINGS) == pytest.approx(80.0)
+
+
+@pytest.fixture(scope="module")
+def attempts(two_cpus):
+    return ray.remote(num_cpus=0)(graph._Attempts).remote()
+
+
+def group_of(*songs: Song) -> pa.Table:
+    return pa.table({"songs": [json.dumps([asdict(one) for one in songs])]})
+
+
+def decode_tables(root: Store, attempts, *songs: Song, recipe=RECIPE) -> list[pa.Table]:
+    return list(graph._decode(group_of(*songs), root, recipe, BUDGET, attempts))
+
+
+@pytest.mark.ray
+def test_decoded_songs_pass_through_a_table_unchanged(song_folder, attempts):
+    np.save(song_folder.path.parent / "voice.npy", np.arange(5, dtype=np.float32))
+    song_folder.add("a", noise(3.5))
+    song_folder.add("b", noise(4.0, seed=1))
+    root = Store.at(song_folder.path)
+    songs = [song("a"), song("b", speaker_path=str(song_folder.path.parent / "voice.npy")), song("gone")]
+    (table,) = decode_tables(root, attempts, *songs)
+    for row, one in enumerate(songs[:2]):
+        (expected,) = decode_song(root, one, RECIPE, file_versions(root, one))
+        found = read_decoded(table, row)
+        assert found.header() == expected.header()
+        np.testing.assert_array_equal(found.wave, expected.wave)
+        np.testing.assert_equal(found.speaker, expected.speaker)
+    assert json.loads(table["reject"][2].as_py())["reason"] == "missing"
+
+
+@pytest.mark.ray
+def test_the_windows_of_a_long_song_come_in_batches_within_the_budget(song_folder, attempts):
+    song_folder.add("a", noise(22.0))
+    recipe = replace(RECIPE, settings=replace(SETTINGS, window="all", window_seconds=4.0))
+    tables = decode_tables(Store.at(song_folder.path), attempts, song("a"), recipe=recipe)
+    assert [len(table) for table in tables] == [2, 2, 1]
+    starts = [read_decoded(table, row).start_seconds for table in tables for row in range(len(table))]
+    assert starts == [0.0, 4.0, 8.0, 12.0, 16.0]
+
+
+@pytest.mark.ray
+def test_a_song_that_keeps_killing_its_reader_is_rejected(song_folder, attempts):
+    song_folder.add("a", noise(3.0))
+    root = Store.at(song_folder.path)
+    for _ in range(3):
+        ray.get(attempts.begin.remote("decode", ["a"]))  # by processes that died
+    (table,) = decode_tables(root, attempts, song("a"))
+    reject = json.loads(table["reject"][0].as_py())
+    assert (reject["key"], reject["reason"]) == ("a", "corrupt")
+    assert "3 times" in reject["message"]
+    # That was the end of it: another run begins anew.
+    (table,) = decode_tables(root, attempts, song("a"))
+    assert table["reject"][0].as_py() is None
+
+
+@pytest.mark.ray
+def test_after_a_death_the_songs_of_a_batch_are_encoded_one_by_one(song_folder, attempts, monkeypatch):
+    for key in "abc":
+        song_folder.add(key, noise(3.0, seed=ord(key)))
+    (table,) = decode_tables(Store.at(song_folder.path), attempts, *(song(key) for key in "abc"))
+    sizes = []
+
+    class Models:
+        def encode(self, songs: list[DecodedSong]) -> list[dict]:
+            sizes.append(len(songs))
+            return [{"latent_frames": 1} for _ in songs]
+
+    stage = graph._Encode("", RECIPE, graph.EncoderPool(("latents",), "cuda", 1, 1, 1), attempts)
+    monkeypatch.setattr(stage, "_models", Models)
+    stage(table, keep_wave=False)
+    ray.get(attempts.begin.remote("encode latents", ["b"]))
+    encoded = stage(table, keep_wave=False)
+    assert sizes == [3, 1, 1, 1]
+    assert "wave" not in encoded.column_names
+    for _ in range(3):
+        ray.get(attempts.begin.remote("encode latents", ["b"]))
+    with pytest.raises(RuntimeError, match="3 times"):
+        stage(table, keep_wave=False)

@@ -1,0 +1,451 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from acestep_ray import cli
+from acestep_ray.cache import maintenance
+from acestep_ray.cache.index import CacheIndex
+from acestep_ray.cache.maintenance import cache_stats, prune_cache, row_problems, verify_cache
+from acestep_ray.cache.parts import CacheDamagedError, find_rows, store_rejects, store_rows
+from acestep_ray.cache.schema import (
+    INDEX_SCHEMA,
+    LEDGER_SCHEMA,
+    REJECT_SCHEMA,
+    SAMPLE_SCHEMA,
+    table_from_bytes,
+    table_to_bytes,
+)
+from acestep_ray.errors import InputError
+from acestep_ray.storage import Store
+from tests.cache.rows import SPEAKER_DIM, SSL_DIMS, TEXT_DIM, contents, finish, reject, song_row, write_rows
+
+MANIFEST = {
+    "settings": {"speaker_dim": SPEAKER_DIM, "ssl_frame_stride": 1},
+    "text_dim": TEXT_DIM,
+    "ssl": SSL_DIMS,
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Store:
+    """Songs a to d in two parts, two of each."""
+    monkeypatch.setattr("acestep_ray.cache.parts.PART_ROWS", 2)
+    cache = Store.at(tmp_path / "cache")
+    for keys in ("ab", "cd"):
+        store_rows(cache, [song_row(key, speaker=key == "a") for key in keys])
+    return write_rows(cache, [], [reject("x"), reject("y", "silent")])
+
+
+def problems(cache: Store) -> list[str]:
+    """What `verify` finds, one line each."""
+    with pytest.raises(CacheDamagedError) as caught:
+        verify_cache(cache.url)
+    first, *lines, last = str(caught.value).splitlines()
+    assert first == f"{len(lines)} things are wrong in the feature cache {cache.url}"
+    assert last.startswith("  → delete the parts that are named and run `acestep-ray precompute` again")
+    return [line.removeprefix("  - ") for line in lines]
+
+
+def file_of(cache: Store, prefix: str) -> str:
+    (name,) = [name for name in cache.names() if name.startswith(prefix)]
+    return name
+
+
+def place_of(cache: Store, key: str) -> tuple[str, int, int]:
+    index = CacheIndex.open(cache)
+    i = index.position(key)
+    return f"samples/{index.parts[index.part_numbers[i]]}", int(index.offsets[i]), int(index.lengths[i])
+
+
+def overwrite(cache: Store, name: str, start: int, content: bytes) -> None:
+    whole = bytearray(cache.read_bytes(name))
+    whole[start : start + len(content)] = content
+    cache.write_bytes(name, whole)
+
+
+def rewrite_table(cache: Store, prefix: str, schema: pa.Schema, change) -> None:
+    """Replace a table by a changed one whose name and manifest are right."""
+    name = file_of(cache, prefix)
+    content = table_to_bytes(change(table_from_bytes(cache.read_bytes(name), schema).cast(schema)))
+    new = f"{prefix}{maintenance.content_hash(content)}.parquet"
+    cache.delete([name])
+    cache.write_bytes(new, content)
+    rewrite_manifest(cache, **{re.match("[a-z]+", prefix)[0]: new})
+
+
+def rewrite_manifest(cache: Store, **values) -> None:
+    manifest = json.loads(cache.read_bytes("manifest.json"))
+    cache.write_bytes("manifest.json", json.dumps({**manifest, **values}).encode())
+
+
+def with_values(table: pa.Table, name: str, values: list) -> pa.Table:
+    i = table.schema.get_field_index(name)
+    return table.set_column(i, table.schema.field(i), pa.array(values, table.schema.field(i).type))
+
+
+# --- verify
+
+
+def test_a_whole_cache_passes_and_is_counted(cache):
+    before = contents(cache)
+    summary = verify_cache(cache.url)
+    sizes = [status.size for status in cache.names("samples").values()]
+    assert (summary.songs, summary.parts, summary.rejects, summary.num_bytes) == (4, 2, 2, sum(sizes))
+    assert summary.leftovers == 0
+    assert "4 in 2 parts" in summary.render()
+    assert "leftovers" not in summary.render()
+    assert contents(cache) == before
+
+
+def test_a_cache_without_songs_passes(tmp_path):
+    cache = write_rows(Store.at(tmp_path / "cache"), [], [reject("x")])
+    assert verify_cache(cache.url).songs == 0
+
+
+def test_leftovers_are_counted_and_are_no_fault(cache):
+    store_rows(cache, [song_row("e")])
+    summary = verify_cache(cache.url)
+    assert summary.leftovers == 2
+    assert "2 files: `acestep-ray cache prune`" in summary.render()
+
+
+def test_every_damaged_song_is_named_with_its_part(cache):
+    part, offset, length = place_of(cache, "a")
+    group = pq.read_metadata(pa.BufferReader(cache.read_range(part, offset, length))).row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    latents = next(column for column in columns if column.path_in_schema == "latents")
+    # A bit of the latents: only the checksum tells.
+    overwrite(cache, part, offset + latents.data_page_offset + 1000, b"\xff\x7f\x12")
+    other, offset, length = place_of(cache, "d")
+    overwrite(cache, other, offset + length - 8, b"\xff\xff\xff\xff")
+    found = problems(cache)
+    assert len(found) == 2
+    for name, key in ((part, "a"), (other, "d")):
+        assert any(line.startswith(f"{name}: the song {key!r} cannot be read") for line in found)
+
+
+def test_missing_short_and_foreign_parts_are_named(cache):
+    parts = list(cache.names("samples"))
+    content = cache.read_bytes(parts[0])
+    cache.write_bytes(parts[0], content[:-1])
+    cache.delete([parts[1]])
+    assert sorted(problems(cache)) == sorted(
+        [
+            f"{parts[0]}: it has {len(content) - 1} bytes, it should have {len(content)}",
+            f"{parts[1]}: it does not exist, and its 2 songs with it",
+        ]
+    )
+    cache.write_bytes(parts[1], content)
+    assert sum("cannot be read" in line for line in problems(cache)) == 2
+
+
+def test_a_part_that_other_programs_cannot_read_is_named(cache):
+    (part, *_) = cache.names("samples")
+    size = cache.status(part).size
+    overwrite(cache, part, size - 8, b"\xff\xff\xff\xff")
+    assert problems(cache) == [f"{part}: other programs find other songs in it, or cannot read it"]
+
+
+@pytest.mark.parametrize("prefix", ["ledger-", "rejects/part-"])
+def test_a_damaged_table_is_named(cache, prefix):
+    name = file_of(cache, prefix)
+    cache.write_bytes(name, b"PAR1")
+    assert any(line.startswith(f"{name}: cannot be read") for line in problems(cache))
+
+
+@pytest.mark.parametrize("prefix", ["index-", "ledger-", "rejects/part-"])
+def test_a_table_whose_content_has_changed_is_named(cache, prefix):
+    schema = {"index-": INDEX_SCHEMA, "ledger-": LEDGER_SCHEMA, "rejects/part-": REJECT_SCHEMA}[prefix]
+    name = file_of(cache, prefix)
+    table = table_from_bytes(cache.read_bytes(name), schema).cast(schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)  # the same rows in other bytes
+    cache.write_bytes(name, sink.getvalue())
+    assert problems(cache) == [f"{name}: its content has changed"]
+
+
+def test_counts_that_are_wrong_are_told(cache):
+    rewrite_manifest(cache, counts={"inputs": 9, "samples": 5, "rejects": 3})
+    assert problems(cache) == [
+        "manifest.json: it counts 5 samples, there are 4",
+        "manifest.json: it counts 3 rejects, there are 2",
+        "manifest.json: its inputs are not its samples and rejects together",
+    ]
+
+
+def test_another_fingerprint_is_told(cache):
+    rewrite_manifest(cache, fingerprint="0" * 64)
+    assert problems(cache) == ["manifest.json: its fingerprint is not that of the songs"]
+
+
+def test_a_key_in_both_samples_and_rejects_or_twice_is_told(cache):
+    rewrite_table(
+        cache, "rejects/part-", REJECT_SCHEMA, lambda rejects: with_values(rejects, "key", ["b", "b"])
+    )
+    assert problems(cache) == [
+        f"{file_of(cache, 'rejects/')}: the key 'b' is there 2 times",
+        "the song 'b' is both in the samples and in the rejects",
+    ]
+
+
+def test_an_index_out_of_order_is_told(cache):
+    for prefix, schema in (("index-", INDEX_SCHEMA), ("ledger-", LEDGER_SCHEMA)):
+        rewrite_table(cache, prefix, schema, lambda table: table.take(pa.array([0, 2, 1, 3])))
+    found = problems(cache)
+    assert f"{file_of(cache, 'index-')}: the key 'b' is there twice, or not in its place" in found
+
+
+def test_a_ledger_that_is_not_the_index_is_told(cache):
+    rewrite_table(cache, "ledger-", LEDGER_SCHEMA, lambda ledger: with_values(ledger, "length", [1, 2, 3, 4]))
+    name = file_of(cache, "ledger-")
+    expected = [f"{name}: the song {key!r} is not as {file_of(cache, 'index-')} says" for key in "abcd"]
+    assert problems(cache) == expected
+    rewrite_table(cache, "ledger-", LEDGER_SCHEMA, lambda ledger: ledger.slice(1))
+    name = file_of(cache, "ledger-")
+    assert problems(cache) == [f"{name}: its songs are not those of {file_of(cache, 'index-')}"]
+
+
+def test_a_ledger_that_says_other_things_than_the_rows_is_told(cache):
+    rewrite_table(
+        cache,
+        "ledger-",
+        LEDGER_SCHEMA,
+        lambda ledger: with_values(ledger, "audio_sha256", ["a" * 64] * 3 + ["c"]),
+    )
+    part, _, _ = place_of(cache, "d")
+    (found,) = problems(cache)
+    assert found == (
+        f"{part}: the song 'd': its audio_sha256 is {'a' * 64!r}, the index or the ledger says 'c'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({}, None),
+        ({"speaker": True}, None),
+        ({"lyric_ids": []}, None),
+        ({"latents": bytes(10)}, "wrong sizes"),
+        ({"latents": bytes(8 * 16 * 2 * 29)}, "29 latent frames, its row says 30"),
+        ({"latents": None}, "0 latent frames, its row says 30"),
+        ({"latents": np.full(8 * 16 * 30, np.inf, np.float16).tobytes()}, "its latents are not finite"),
+        (
+            {"text_embeddings": [np.full(6, np.nan, np.float16).tobytes()] * 3},
+            "text embeddings are not finite",
+        ),
+        ({"text_embeddings": [bytes(12)]}, "1 embeddings of 3 prompts"),
+        ({"prompts": [], "text_embeddings": []}, "0 embeddings of 0 prompts"),
+        ({"text_dim": 3}, "another width than 6"),
+        ({"ssl": None}, r"has the SSL features \[\], the cache \['m-hubert', 'mert'\]"),
+        (
+            {"ssl_dims": {"mert": 7, "m-hubert": 5}},
+            r"m-hubert features have the shape \(210, 5\), not \(210, 4\)",
+        ),
+        ({"ssl_frame_stride": 2}, r"mert features have the shape \(105, 7\), not \(210, 7\)"),
+    ],
+)
+def test_features_that_training_could_not_use_are_told(columns, problem):
+    row = song_row("a", **columns)
+    found = list(row_problems(row, {"key": "a", "latent_frames": 30}, MANIFEST))
+    if problem is None:
+        assert found == []
+    else:
+        assert any(re.search(problem, line) for line in found)
+
+
+def test_a_row_of_other_columns_is_told():
+    row = song_row("a").rename_columns([*SAMPLE_SCHEMA.names[:-1], "features"])
+    assert list(row_problems(row, {}, MANIFEST)) == ["its columns are not those of this version"]
+
+
+def test_groups_of_features_that_were_not_chosen_may_be_absent():
+    row = song_row("a", latents=None, latent_frames=0, ssl=None)
+    manifest = {**MANIFEST, "ssl": {}, "settings": {**MANIFEST["settings"], "features": ["text"]}}
+    assert list(row_problems(row, {"latent_frames": 0}, manifest)) == []
+
+
+def test_many_problems_are_counted_and_some_shown(cache, monkeypatch):
+    monkeypatch.setattr(maintenance, "_SHOWN_PROBLEMS", 2)
+    rewrite_table(cache, "ledger-", LEDGER_SCHEMA, lambda ledger: with_values(ledger, "length", [1, 2, 3, 4]))
+    with pytest.raises(CacheDamagedError, match=r"^4 things(?s:.*)the song 'b'[^\n]*\n  … and 2 more\n"):
+        verify_cache(cache.url)
+
+
+def test_progress_is_told_now_and_then(cache, monkeypatch):
+    stream = io.StringIO()
+    verify_cache(cache.url, stream)
+    assert stream.getvalue() == ""
+    monkeypatch.setattr(maintenance, "_SECONDS_BETWEEN_LINES", 0)
+    verify_cache(cache.url, stream)
+    assert stream.getvalue().splitlines() == [f"{n}/4 songs read" for n in (1, 2, 3, 4)]
+
+
+def test_deleting_the_named_part_and_finishing_again_mends_the_cache(cache):
+    part, offset, length = place_of(cache, "a")
+    overwrite(cache, part, offset + length - 8, b"\xff\xff\xff\xff")
+    assert problems(cache)
+    cache.delete([part])
+    assert find_rows(cache)["key"].to_pylist() == ["c", "d"]
+    store_rows(cache, [song_row("a", speaker=True), song_row("b")])
+    finish(cache, [reject("x"), reject("y", "silent")])
+    assert verify_cache(cache.url).songs == 4
+
+
+# --- stats
+
+
+def test_stats_come_from_the_ledger_alone(tmp_path, monkeypatch):
+    rows = [
+        song_row("a", frames=100, duration_seconds=10.0, lyric_languages=["en", "en", "de"]),
+        song_row("b", frames=300, duration_seconds=30.0, lyric_ids=[], ssl=None),
+        song_row("c", frames=2584, duration_seconds=240.0, prompts=["x"], lyric_languages=["en"]),
+    ]
+    cache = write_rows(Store.at(tmp_path / "cache"), rows, [reject("x"), reject("y"), reject("z", "silent")])
+    (part,) = cache.names("samples")
+    cache.write_bytes(part, b"")
+    stats = cache_stats(cache.url)
+    assert (stats.songs, stats.parts, stats.seconds) == (3, 1, 280.0)
+    assert stats.lengths == [1, 1, 0, 0, 0, 0, 0, 1]
+    assert stats.languages == {"en": 2, "de": 1, "": 1}
+    assert stats.prompts == (1, pytest.approx(7 / 3), 3)
+    assert stats.rejects == {"missing": 2, "silent": 1}
+    assert sum(stats.group_bytes.values()) == stats.num_bytes
+    latents = sum(len(row["latents"][0].as_py()) for row in rows)
+    assert latents < stats.group_bytes["latents"] < latents + 500
+    ssl = sum(7 * frames * sum(SSL_DIMS.values()) for frames in (100, 2584))
+    assert ssl < stats.group_bytes["ssl"] < ssl + 1500
+    text = stats.render()
+    for line in (
+        "songs        3 in 1 parts, 0.1 h of audio",
+        f"latents    764 kB, {764e3 * 240 / 280 / 1000:.0f} kB for 240 s",
+        "210–240 s         1 ██",
+        "en                2",
+        "none              1",
+        "rejects      3",
+        "missing           2",
+    ):
+        assert line in text
+
+
+def test_stats_of_a_cache_without_songs(tmp_path):
+    cache = write_rows(Store.at(tmp_path / "cache"), [], [reject("x")])
+    assert "songs        0" in cache_stats(cache.url).render()
+
+
+def test_stats_need_a_whole_ledger(cache):
+    cache.write_bytes(file_of(cache, "ledger-"), b"")
+    with pytest.raises(InputError, match=r"ledger-.*cannot be read(?s:.*)cache verify"):
+        cache_stats(cache.url)
+
+
+# --- prune
+
+
+def test_prune_deletes_what_the_manifest_does_not_reach_and_nothing_else(cache):
+    before = contents(cache)
+    left = {
+        "index-0123456789abcdef.parquet",
+        "ledger-0123456789abcdef.parquet",
+        "samples/part-0123456789abcdef.parquet",
+        "rejects/part-0123456789abcdef.parquet",
+        ".incoming/attempts/decode-1",
+    }
+    others = {"README.md", "samples/notes.txt", "plots/part-1.parquet"}
+    for name in left | others:
+        cache.write_bytes(name, b"1234")
+    store_rows(cache, [song_row("e")])
+    store_rejects(cache, [reject("f")])
+    half = cache.path / f"samples/.{'a' * 32}.tmp"
+    half.write_bytes(b"PAR1")
+    everything = contents(cache)
+
+    listed = prune_cache(cache.url, dry_run=True)
+    assert contents(cache) == everything
+    assert half.exists()
+    incoming = {name for name in everything if name.startswith(".incoming/")}
+    assert len(incoming) == 4
+    assert set(listed.files) == left | incoming
+    assert listed.num_bytes == sum(len(everything[name]) for name in listed.files)
+    assert listed.render().startswith("would delete 8 files")
+    assert all(f"  {name}" in listed.render().splitlines() for name in left)
+
+    pruned = prune_cache(cache.url)
+    assert pruned.files == listed.files
+    assert pruned.render().startswith("deleted 8 files")
+    assert {name: content for name, content in contents(cache).items() if name not in others} == before
+    assert others < set(contents(cache))
+    assert not half.exists()
+    assert not (cache.path / ".incoming").exists()
+    assert verify_cache(cache.url).leftovers == 0
+    assert prune_cache(cache.url).files == []
+
+
+def test_prune_leaves_a_run_that_was_killed_before_its_first_commit_alone(tmp_path):
+    cache = Store.at(tmp_path / "cache")
+    store_rows(cache, [song_row("a")])
+    before = contents(cache)
+    with pytest.raises(InputError, match=r"not complete(?s:.*)precompute"):
+        prune_cache(cache.url)
+    assert contents(cache) == before
+
+
+def test_prune_touches_nothing_where_parts_are_missing_or_the_format_is_another(cache):
+    store_rows(cache, [song_row("e")])
+    (part, *_) = cache.names("samples")
+    content = cache.read_bytes(part)
+    cache.delete([part])
+    with pytest.raises(InputError, match="missing"):
+        prune_cache(cache.url)
+    cache.write_bytes(part, content)
+    rewrite_manifest(cache, format_version=1)
+    with pytest.raises(InputError, match="version 1"):
+        prune_cache(cache.url)
+    assert len(cache.names(".incoming")) == 2
+
+
+def test_prune_of_a_cache_without_songs(tmp_path):
+    cache = write_rows(Store.at(tmp_path / "cache"), [], [reject("x")])
+    before = contents(cache)
+    store_rows(cache, [song_row("e")])
+    assert len(prune_cache(cache.url).files) == 2
+    assert contents(cache) == before
+
+
+def test_maintenance_of_a_cache_in_object_storage(s3):
+    cache = write_rows(Store.at(s3.fresh()), [song_row(key) for key in "abc"], [reject("x")])
+    store_rows(cache, [song_row("e")])
+    assert verify_cache(cache.url).songs == 3
+    assert cache_stats(cache.url).songs == 3
+    assert len(prune_cache(cache.url).files) == 2
+    assert verify_cache(cache.url).leftovers == 0
+    (part,) = cache.names("samples")
+    overwrite(cache, part, 500, bytes(20))
+    assert problems(cache)[0].startswith(f"{part}: the song 'a' cannot be read")
+
+
+# --- the command
+
+
+def test_the_command_prints_summaries_and_exits_as_it_should(cache, capsys):
+    assert cli.main(["cache", "verify", cache.url]) == 0
+    assert "4 in 2 parts" in capsys.readouterr().out
+    assert cli.main(["cache", "stats", cache.url]) == 0
+    assert "210" not in capsys.readouterr().out
+    store_rows(cache, [song_row("e")])
+    assert cli.main(["cache", "prune", cache.url, "--dry-run"]) == 0
+    assert "would delete 2 files" in capsys.readouterr().out
+    assert len(cache.names(".incoming")) == 2
+    assert cli.main(["cache", "prune", cache.url]) == 0
+    assert "deleted 2 files" in capsys.readouterr().out
+    cache.delete([next(iter(cache.names("samples")))])
+    assert cli.main(["cache", "verify", cache.url]) == 1
+    assert "1 things are wrong" in capsys.readouterr().err
+    assert cli.main(["cache", "stats", f"{cache.url}/nowhere"]) == 2
+    assert "not a feature cache" in capsys.readouterr().err

@@ -1,0 +1,332 @@
+"""Training on songs as they are gives what training on their cache gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import soundfile
+import torch
+from safetensors.torch import load_file
+
+from acestep_ray.cache.precompute import precompute
+from acestep_ray.cache.reader import CacheReader
+from acestep_ray.cache.stages import Recipe, Settings, Song, file_versions
+from acestep_ray.config import PrecomputeConfig, TrainConfig
+from acestep_ray.data.lyrics import LyricTokenizer
+from acestep_ray.data.schema import RejectReason
+from acestep_ray.data.songs import SongTable
+from acestep_ray.errors import InputError
+from acestep_ray.storage import Store
+from acestep_ray.training import streaming
+from acestep_ray.training.job import open_songs, scan_for_stream, train
+from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.sampler import MicroBatch
+from acestep_ray.training.scan import SCAN_SCHEMA, SONGS, read_songs, scan_songs
+from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
+from acestep_ray.training.streaming import CacheSource, SongLostError, StreamSource
+from acestep_ray.training.worker import WorkerPlace, WorkerSettings, build_plan, train_worker
+
+SECONDS = {"delta": 3.2, "alpha": 4.0, "gamma": 3.0, "beta": 5.5}
+BROKEN = {"broken": "unsupported", "wordless": "bad_lyrics"}
+
+
+def write_songs(directory: Path, seconds: dict[str, float] = SECONDS) -> Path:
+    """A dataset of short songs, and two that cannot be used."""
+    directory.mkdir(parents=True)
+    rows = []
+    for number, (key, length) in enumerate({**seconds, "broken": 0, "wordless": 3.0}.items()):
+        if key == "broken":
+            (directory / f"{key}.wav").write_text("no audio at all")
+        else:
+            noise = np.random.default_rng(number).uniform(-0.5, 0.5, (int(length * 44_100), 2))
+            soundfile.write(directory / f"{key}.wav", noise, 44_100)
+        rows.append(
+            {
+                "keys": key,
+                "filename": f"{key}.wav",
+                "tags": ["calm", "slow", key],
+                "norm_lyrics": "" if key == "gamma" else f"[verse]\nhello {key}\nla la",
+                "speaker_emb_path": "",
+                "recaption": {"simplified": f"the song {key}"},
+                "language": "klingon" if key == "wordless" else "",
+            }
+        )
+    np.save(directory / "voice.npy", np.linspace(-1, 1, 512, dtype=np.float32))
+    rows[0]["speaker_emb_path"] = "voice.npy"
+    datasets.Dataset.from_list(rows).save_to_disk(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory) -> Path:
+    return write_songs(tmp_path_factory.mktemp("songs") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def config(songs, checkpoint, tmp_path_factory) -> TrainConfig:
+    directory = tmp_path_factory.mktemp("runs")
+    (directory / "lora.json").write_text('{"r": 4, "target_modules": ["to_q", "to_v"]}', encoding="utf-8")
+    return TrainConfig(
+        dataset_path=str(songs),
+        checkpoint_dir=str(checkpoint.path),
+        lora_config_path=str(directory / "lora.json"),
+        exp_dir=str(directory / "exps"),
+        logger_dir=str(directory / "logs"),
+        tracking_uri="none",
+        learning_rate=3e-3,
+        max_steps=6,
+        batch_size=2,
+        precision="32",
+        device="cpu",
+        num_workers=1,
+        every_n_train_steps=3,
+        every_plot_step=1000,
+        plot_seconds=2.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(two_cpus, config, tmp_path_factory) -> str:
+    """The cache of the songs, with the settings that `precompute` has by itself."""
+    output = str(tmp_path_factory.mktemp("cache") / "cache")
+    precompute(PrecomputeConfig(config.dataset_path, config.checkpoint_dir, output, device="cpu"))
+    return output
+
+
+@pytest.fixture(scope="module")
+def stream(two_cpus, config, checkpoint, tmp_path_factory) -> streaming.Stream:
+    folder = Store.at(tmp_path_factory.mktemp("scan"))
+    return scan_for_stream(SongTable.open(config.dataset_path), checkpoint, config, folder, use_gpu=False)
+
+
+# --- the scan ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scan_recipe(checkpoint):
+    tokenizer = LyricTokenizer.from_file(checkpoint.lyric_vocab_path())
+    dim = checkpoint.transformer_config.speaker_embedding_dim
+    return Recipe(Settings(tag_shuffles=4, ssl_frame_stride=4, seed=0, speaker_dim=dim), {}), tokenizer
+
+
+def scan_again(place: Path, before: pa.Table | None, recipe, tokenizer) -> tuple[dict[str, dict], int]:
+    table = SongTable.open(place)
+    some = [Song.from_row(row) for row in table]
+    if before is None:
+        before = SCAN_SCHEMA.empty_table().take(pa.array([None] * len(some), pa.int64()))
+    outcomes, scanned = scan_songs(table.root, some, before, recipe, tokenizer)
+    return outcomes, scanned
+
+
+def test_a_scan_finds_lengths_and_reasons_and_looks_only_at_what_has_changed(scan_recipe, tmp_path):
+    place = write_songs(tmp_path / "dataset", {"alpha": 4.0, "beta": 3.0})
+    first, scanned = scan_again(place, None, *scan_recipe)
+    found = {row["key"]: row for row in first.to_pylist()}
+    assert scanned == len(found) == 4
+    assert {key: row["samples"] for key, row in found.items() if row["samples"]} == {
+        "alpha": 4 * 48_000,
+        "beta": 3 * 48_000,
+    }
+    assert {key: row["reason"] for key, row in found.items() if row["reason"]} == BROKEN
+
+    again, scanned = scan_again(place, first, *scan_recipe)
+    assert scanned == 0
+    assert again == first
+
+    soundfile.write(place / "broken.wav", np.full((5 * 48_000, 2), 0.3), 48_000)
+    third, scanned = scan_again(place, first, *scan_recipe)
+    assert scanned == 1
+    assert third.to_pylist()[2]["samples"] == 5 * 48_000
+
+    other = replace(scan_recipe[0], settings=replace(scan_recipe[0].settings, window_seconds=3.0))
+    fourth, scanned = scan_again(place, third, other, scan_recipe[1])
+    assert scanned == 4
+    assert fourth.to_pylist()[0]["samples"] == 3 * 48_000
+
+
+def test_a_song_whose_storage_failed_is_scanned_in_every_run(scan_recipe, songs):
+    first, _ = scan_again(songs, None, *scan_recipe)
+    rows = first.to_pylist()
+    rows[0].update(samples=None, stage="decode", reason=RejectReason.UNREADABLE.value, message="no answer")
+    again, scanned = scan_again(songs, pa.Table.from_pylist(rows, schema=SCAN_SCHEMA), *scan_recipe)
+    assert scanned == 1
+    assert again == first
+
+
+# --- what is given to train --------------------------------------------------------------------------------
+
+
+def test_a_cache_is_read_and_anything_with_songs_is_streamed(config, checkpoint, tiny_cache, songs, tmp_path):
+    cached = open_songs(replace(config, dataset_path=str(tiny_cache)), checkpoint)
+    assert list(cached.keys) == ["alpha", "beta", "gamma"]
+    assert set(open_songs(config, checkpoint).keys) == {*SECONDS, *BROKEN}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "one.wav").symlink_to(songs / "alpha.wav")
+    (folder / "two.csv").write_text("filename\none.wav\n", encoding="utf-8")
+    assert open_songs(replace(config, dataset_path=str(folder)), checkpoint).keys == ["one"]
+    assert len(open_songs(replace(config, dataset_path=str(folder / "two.csv")), checkpoint)) == 1
+    (folder / ".incoming").mkdir()
+    (folder / ".incoming" / "part").touch()
+    with pytest.raises(InputError, match="not complete"):
+        open_songs(replace(config, dataset_path=str(folder)), checkpoint)
+
+
+def test_songs_need_the_ssl_encoders_that_their_losses_need(config, checkpoint):
+    without = replace(checkpoint, ssl_names=("m-hubert",))
+    with pytest.raises(InputError, match=r"(?s)features of mert,.*--ssl_coeff 0"):
+        open_songs(config, without)
+    open_songs(replace(config, ssl_coeff=0.0), without)
+
+
+@pytest.mark.ray
+def test_songs_of_which_none_can_be_used_are_refused_with_their_reasons(two_cpus, config, tmp_path):
+    place = write_songs(tmp_path / "dataset", {})
+    with pytest.raises(InputError, match=r"(?s)none of the 2 songs.*broken\.wav.*klingon"):
+        train(replace(config, dataset_path=str(place), exp_dir=str(tmp_path / "exps")))
+
+
+# --- the numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_a_song_of_the_stream_is_the_song_of_the_cache(cache, stream):
+    source, reader = StreamSource(stream, torch.device("cpu")), CacheReader(cache)
+    assert source.songs["key"].to_pylist() == list(reader.index.keys) == sorted(SECONDS)
+    assert np.array_equal(source.latent_frames, reader.index.latent_frames)
+    assert source.latent_frames.dtype == reader.index.latent_frames.dtype
+    assert source.ssl_stride == reader.index.ssl_frame_stride
+    for i in range(len(SECONDS)):
+        assert_same(vars(source.read(i)), vars(reader.read(i)))
+
+
+def assert_same(found, expected) -> None:
+    """Exact equality of nested dicts, lists, tensors and plain values."""
+    assert type(found) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_same(found[name], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_same(*pair)
+    else:
+        assert found == expected
+
+
+@pytest.mark.ray
+def test_every_worker_gets_its_micro_batches_in_the_plans_order_from_any_step(
+    cache, stream, config, monkeypatch
+):
+    """Over several pipelines, with more songs in each than fit into the object store's share at once."""
+    monkeypatch.setattr(streaming, "_SONGS_PER_PIPELINE", 5)
+    monkeypatch.setattr(streaming, "_WAVES_PER_PIPELINE", 0)
+    monkeypatch.setattr(streaming, "_STORE_SHARE", 1e-9)
+    source = StreamSource(stream, torch.device("cpu"), workers=2)
+    expected = CacheSource(CacheReader(cache).index)
+    plan = build_plan(source.latent_frames, replace(config, devices=2))
+    for rank, first_step in ((0, 0), (1, 0), (1, 3)):
+        items = [item for step in range(first_step, 6) for item in plan.step(step)[rank::2]]
+        seen = [
+            list(one.read_ahead(iter(items), lambda item, songs: (item, songs), threads=1))
+            for one in (source, expected)
+        ]
+        assert [item for item, _ in seen[0]] == items
+        for (_, found), (_, wanted) in zip(*seen, strict=True):
+            assert_same([vars(song) for song in found], [vars(song) for song in wanted])
+
+
+def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettings:
+    return WorkerSettings(
+        config=config,
+        lora={**DEFAULT_LORA, "r": 4, "lora_alpha": 8, "lora_dropout": 0.2},
+        checkpoints=directory / "checkpoints",
+        samples=directory / "samples",
+        log_dir=directory / "logs",
+        mlflow_run=None,
+        total_steps=config.max_steps,
+        **changes,
+    )
+
+
+class Killed(Exception):
+    """Stands for the end of the worker's process."""
+
+
+@pytest.mark.ray
+def test_a_streamed_run_is_the_cached_run_also_when_it_is_killed_and_goes_on(cache, stream, config, tmp_path):
+    def run(settings, report=lambda metrics, path: None):
+        alone = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
+        return train_worker(settings, alone, report, say=lambda line: None)
+
+    def kill(metrics, path):
+        raise Killed
+
+    cached = settings_in(tmp_path / "cached", replace(config, dataset_path=cache))
+    expected = run(cached)
+    streamed = settings_in(tmp_path / "streamed", config, stream=stream)
+    with pytest.raises(Killed):
+        run(streamed, kill)
+    assert latest_checkpoint(streamed.checkpoints).name == "step=3"
+    assert run(streamed) == expected
+    assert_same(*(load_file(latest_checkpoint(s.checkpoints) / WEIGHTS_FILE) for s in (streamed, cached)))
+
+
+@pytest.mark.ray
+def test_two_workers_on_two_cpus_stream_what_one_trains_on(cache, config, tmp_path, capfd):
+    streamed = train(replace(config, exp_name="streamed", devices=2))
+    said = capfd.readouterr().out
+    assert "acestep-ray precompute" in said
+    assert "6 = 4 songs + 2 rejects" in said
+    assert "klingon" in said
+
+    one = replace(config, dataset_path=cache, accumulate_grad_batches=2)
+    settings = replace(settings_in(tmp_path, one), lora={"r": 4, "target_modules": ["to_q", "to_v"]})
+    alone = train_worker(
+        settings, WorkerPlace(0, 1, torch.device("cpu")), lambda *_: None, say=lambda line: None
+    )
+    assert streamed.steps == 6
+    assert streamed.first_loss == pytest.approx(alone["first"], rel=1e-5)
+    assert streamed.last_loss == pytest.approx(alone["last"], rel=1e-5)
+    expected = load_file(latest_checkpoint(settings.checkpoints) / WEIGHTS_FILE)
+    found = load_file(streamed.lora.parent / WEIGHTS_FILE)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.ray
+def test_a_song_that_is_lost_while_a_run_is_under_way_ends_it_by_name(two_cpus, config, checkpoint, tmp_path):
+    place = write_songs(tmp_path / "dataset", {"alpha": 3.0, "beta": 4.0})
+    folder = Store.at(tmp_path / "scan")
+    stream = scan_for_stream(SongTable.open(place), checkpoint, config, folder, use_gpu=False)
+    source = StreamSource(stream, torch.device("cpu"))
+    soundfile.write(place / "alpha.wav", np.random.default_rng(0).uniform(-1, 1, (48_000 * 4, 2)), 48_000)
+    (place / "beta.wav").unlink()
+    for row, message in ((0, r"'alpha' has 43 latent frames, it had 32"), (1, r"'beta'.*\(missing\)")):
+        with pytest.raises(SongLostError, match=message):
+            list(source.read_ahead([MicroBatch(0, (row,))], lambda item, songs: songs, threads=1))
+
+
+@pytest.mark.ray
+def test_a_scan_goes_on_where_it_was_interrupted(two_cpus, config, checkpoint, tmp_path, monkeypatch):
+    """And a song that ends the process which reads it costs itself alone."""
+    place = write_songs(tmp_path / "dataset", {"alpha": 3.0})
+    folder = Store.at(tmp_path / "scan")
+    table = SongTable.open(place)
+    scan_for_stream(table, checkpoint, config, folder, use_gpu=False)
+    written = (folder.path / SONGS).read_bytes()
+    assert read_songs(folder)["key"].to_pylist() == ["alpha"]
+    assert ray.is_initialized()
+    monkeypatch.setattr("acestep_ray.training.scan.write", None, raising=False)
+    assert file_versions(table.root, Song.from_row(table.row(0)))
+    assert written
