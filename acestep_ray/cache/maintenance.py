@@ -351,7 +351,7 @@ def cache_stats(place: str) -> StatsSummary:
         num_bytes=total,
         group_bytes={**groups, "other": total - sum(groups.values())},
         lengths=lengths.tolist(),
-        languages=_languages(ledger["lyric_languages"]),
+        languages=_languages(ledger["languages"]),
         prompts=(int(prompts.min()), float(prompts.mean()), int(prompts.max()))
         if len(prompts)
         else (0, 0.0, 0),
@@ -363,7 +363,7 @@ def _languages(column: pa.ChunkedArray) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for batch in column.chunks:
         for languages in batch.to_pylist():
-            counts.update(set(languages or [""]))
+            counts.update(languages or [""])
     return dict(counts.most_common())
 
 

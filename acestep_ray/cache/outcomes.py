@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from acestep_ray.storage import Store
 
 @dataclass(frozen=True)
 class Candidate:
-    """A song whose outcome is on disk, made by this recipe of files whose bytes or versions are noted here."""
+    """An outcome of a song on disk, made by this recipe of files whose bytes or versions are noted here."""
 
     song: Song
+    number: int
     versions: FileVersions | None
     """Of the files that its rows were made of; None where it has no rows."""
     audio_sha256: str
@@ -30,7 +32,7 @@ class Candidate:
 
 
 class Outcomes:
-    """Rows and rejects on disk, by song."""
+    """Rows and rejects on disk, by song. A song may have several outcomes: its file was another before."""
 
     def __init__(self, rows: pa.Table, rejects: list[Reject]):
         self.rows, self.rejects = rows, rejects
@@ -40,50 +42,60 @@ class Outcomes:
         self._rejects_of: dict[str, list[int]] = {}
         for place, reject in enumerate(rejects):
             self._rejects_of.setdefault(reject.song_key, []).append(place)
-        self._chosen: dict[str, tuple[list[int], list[int]]] = {}
+        self._places: list[tuple[list[int], list[int]]] = []
 
     def __bool__(self) -> bool:
         return bool(self._rows_of or self._rejects_of)
 
-    def candidate(self, song: Song, recipe: Recipe) -> Candidate | None:
-        """The song's outcome, if it is complete and this recipe's; only its files are still to be looked at."""
-        rows = self._matching_rows(song, recipe)
-        rejects: dict[int, int] = {}
-        fingerprint = None
-        for place in self._rejects_of.get(song.key, ()):
-            reject = self.rejects[place]
-            if reject.fingerprint is None or RejectReason(reject.reason).is_transient:
-                continue
-            if fingerprint in (None, reject.fingerprint):
-                fingerprint = reject.fingerprint
-                rejects.setdefault(reject.window, place)
-        rejects = {window: place for window, place in rejects.items() if window not in rows}
-        ends = [w for w, place in rows.items() if self.rows["is_last_window"][place].as_py()]
-        ends += [w for w, place in rejects.items() if self.rejects[place].is_last_window]
-        windows = sorted([*rows, *rejects])
-        if not windows or windows != list(range(len(windows))) or ends != [len(windows) - 1]:
-            return None
-        self._chosen[song.key] = (list(rows.values()), list(rejects.values()))
-        values = self._row(next(iter(rows.values()))) if rows else {}
-        return Candidate(
-            song=song,
-            versions=FileVersions(values["audio_version"], values["speaker_version"]) if rows else None,
-            audio_sha256=values.get("audio_sha256", ""),
-            speaker_sha256=values.get("speaker_sha256"),
-            reject_fingerprint=fingerprint if rejects else None,
-        )
+    def candidates(self, song: Song, recipe: Recipe) -> list[Candidate]:
+        """The song's complete outcomes by this recipe; which is right, its files tell."""
+        found = []
+        for row_version, rejects_version in product(
+            [None, *self._row_versions(song, recipe)], [None, *self._reject_versions(song)]
+        ):
+            rows = row_version or {}
+            # A window that was computed in another run than the one that rejected it is there once.
+            rejects = {w: place for w, place in (rejects_version or {}).items() if w not in rows}
+            if self._is_complete(rows, rejects):
+                found.append(self._candidate(song, list(rows.values()), list(rejects.values())))
+        return found
 
-    def _matching_rows(self, song: Song, recipe: Recipe) -> dict[int, int]:
-        """Places of the rows that are this recipe's, by window; of several versions of the song, the first's."""
-        rows: dict[int, int] = {}
-        chosen = None
+    def _row_versions(self, song: Song, recipe: Recipe) -> list[dict[int, int]]:
+        """Places of rows that are this recipe's, by window, for each version of the song's files."""
+        versions: dict[str, dict[int, int]] = {}
         for place in self._rows_of.get(song.key, ()):
             values = self._row(place)
             expected = recipe.row_fingerprint(song, values["audio_sha256"], values["speaker_sha256"])
-            if values["fingerprint"] == expected and chosen in (None, expected):
-                chosen = expected
-                rows.setdefault(values["window"], place)
-        return rows
+            if values["fingerprint"] == expected:
+                versions.setdefault(expected, {}).setdefault(values["window"], place)
+        return list(versions.values())
+
+    def _reject_versions(self, song: Song) -> list[dict[int, int]]:
+        versions: dict[str, dict[int, int]] = {}
+        for place in self._rejects_of.get(song.key, ()):
+            reject = self.rejects[place]
+            if reject.fingerprint is not None and not RejectReason(reject.reason).is_transient:
+                versions.setdefault(reject.fingerprint, {}).setdefault(reject.window, place)
+        return list(versions.values())
+
+    def _is_complete(self, rows: dict[int, int], rejects: dict[int, int]) -> bool:
+        """Whether these are all windows of a song, the last one included."""
+        ends = [window for window, place in rows.items() if self.rows["is_last_window"][place].as_py()]
+        ends += [window for window, place in rejects.items() if self.rejects[place].is_last_window]
+        windows = sorted([*rows, *rejects])
+        return bool(windows) and windows == list(range(len(windows))) and ends == [len(windows) - 1]
+
+    def _candidate(self, song: Song, rows: list[int], rejects: list[int]) -> Candidate:
+        self._places.append((rows, rejects))
+        values = self._row(rows[0]) if rows else {}
+        return Candidate(
+            song=song,
+            number=len(self._places) - 1,
+            versions=FileVersions(values["audio_version"], values["speaker_version"]) if rows else None,
+            audio_sha256=values.get("audio_sha256", ""),
+            speaker_sha256=values.get("speaker_sha256"),
+            reject_fingerprint=self.rejects[rejects[0]].fingerprint if rejects else None,
+        )
 
     def _row(self, place: int) -> dict[str, Any]:
         names = (
@@ -91,11 +103,11 @@ class Outcomes:
         )  # fmt: skip
         return {name: self.rows[name][place].as_py() for name in names}
 
-    def of(self, keys: set[str]) -> tuple[pa.Table, list[Reject]]:
-        """Rows and rejects of the songs that are unchanged."""
-        chosen = [self._chosen[key] for key in self._chosen if key in keys]
-        rows = sorted(place for places, _ in chosen for place in places)
-        rejects = sorted(place for _, places in chosen for place in places)
+    def of(self, candidates: Iterable[Candidate]) -> tuple[pa.Table, list[Reject]]:
+        """Rows and rejects of these candidates, one for a song."""
+        chosen = {candidate.song.key: self._places[candidate.number] for candidate in candidates}
+        rows = sorted(place for places, _ in chosen.values() for place in places)
+        rejects = sorted(place for _, places in chosen.values() for place in places)
         return self.rows.take(pa.array(rows, pa.int64())), [self.rejects[place] for place in rejects]
 
 
@@ -103,20 +115,20 @@ def rejects_of(table: pa.Table) -> list[Reject]:
     return [Reject(**values) for values in table.to_pylist()]
 
 
-def unchanged_songs(root: Store, recipe: Recipe, candidates: list[Candidate]) -> list[str]:
-    """Keys of the songs whose files are still the ones that they were."""
-    unchanged = []
-    for candidate in candidates:
-        song = candidate.song
-        if candidate.reject_fingerprint is not None:
-            versions = file_versions(root, song)
-            if recipe.reject_fingerprint(song, versions) != candidate.reject_fingerprint:
-                continue
-        if candidate.versions is None or rows_are_current(
-            root, song, candidate.versions, candidate.audio_sha256, candidate.speaker_sha256
-        ):
-            unchanged.append(song.key)
-    return unchanged
+def unchanged_songs(root: Store, recipe: Recipe, candidates: list[Candidate]) -> list[Candidate]:
+    """Those whose files are still the ones that they were."""
+    return [candidate for candidate in candidates if _is_unchanged(root, recipe, candidate)]
+
+
+def _is_unchanged(root: Store, recipe: Recipe, candidate: Candidate) -> bool:
+    song = candidate.song
+    if candidate.reject_fingerprint is not None:
+        versions = file_versions(root, song)
+        if recipe.reject_fingerprint(song, versions) != candidate.reject_fingerprint:
+            return False
+    return candidate.versions is None or rows_are_current(
+        root, song, candidate.versions, candidate.audio_sha256, candidate.speaker_sha256
+    )
 
 
 def first_of_each(rows: pa.Table) -> pa.Table:

@@ -60,6 +60,7 @@ _THREADS_OF_A_TASK = 8
 
 # Columns of a row that its ledger takes over.
 _ROW_COLUMNS = [name for name in SAMPLE_SCHEMA.names if name in LEDGER_SCHEMA.names]
+_READ_FOR_LEDGER = [*_ROW_COLUMNS, "prompts", "lyric_languages"]
 
 _T, _R = TypeVar("_T"), TypeVar("_R")
 
@@ -164,7 +165,7 @@ def _ledger_entry(
     # Else the part's row group would not be the one that the song's own footer speaks of.
     assert len(_MAGIC) + sum(sizes.values()) == group_length
     return {
-        **_ledger_columns(row.select([*_ROW_COLUMNS, "prompts"]).to_pylist()[0], sizes),
+        **_ledger_columns(row.select(_READ_FOR_LEDGER).to_pylist()[0], sizes),
         "file": file,
         "offset": offset,
         "length": alone.size,
@@ -188,6 +189,7 @@ def _ledger_columns(row: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[st
         "text_bytes": sizes["text_embeddings"],
         "ssl_bytes": sizes["ssl"],
         "prompt_count": len(row["prompts"] or ()),
+        "languages": sorted({language for language in row["lyric_languages"] or () if language}),
     }
 
 
@@ -265,8 +267,7 @@ def ledger_of_part(cache: Store, name: str) -> pa.Table:
         with cache.open(name) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
             if not parquet.schema_arrow.equals(SAMPLE_SCHEMA):
                 return LEDGER_SCHEMA.empty_table()
-            columns = [*_ROW_COLUMNS, "prompts"]
-            rows = parquet.read(columns=columns, use_threads=False).to_pylist()
+            rows = parquet.read(columns=_READ_FOR_LEDGER, use_threads=False).to_pylist()
             groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
             footer_bytes = parquet.metadata.serialized_size
             num_bytes = file.seek(0, os.SEEK_END)

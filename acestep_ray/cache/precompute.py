@@ -300,7 +300,7 @@ class _Run:
         candidates = self._candidates(outcomes)
         batches = iter(lambda: list(islice(candidates, _SONGS_PER_TASK)), [])
         calls = ((self.songs.root, self.recipe, batch) for batch in batches)
-        unchanged = {key for keys in _map_tasks(unchanged_songs, calls) for key in keys}
+        unchanged = (one for some in _map_tasks(unchanged_songs, calls) for one in some)
         return outcomes.of(unchanged)
 
     def _candidates(self, outcomes: Outcomes) -> Iterator[Candidate]:
@@ -308,10 +308,7 @@ class _Run:
         if not outcomes:
             return
         for values in self.songs:
-            song = Song.from_row(values)
-            candidate = outcomes.candidate(song, self.recipe)
-            if candidate is not None:
-                yield candidate
+            yield from outcomes.candidates(Song.from_row(values), self.recipe)
 
     def compute(self, known: set[str]) -> tuple[pa.Table, list[Reject]]:
         """Rows and rejects of the songs whose keys are not known yet."""

@@ -146,7 +146,7 @@ LEDGER_SCHEMA = pa.schema(
         ("text_bytes", pa.int64()),
         ("ssl_bytes", pa.int64()),
         ("prompt_count", pa.int32()),
-        ("lyric_languages", _list_of(pa.string())),
+        ("languages", _list_of(pa.string())),
     ]
 )
 """What is known of a stored song without reading it; the first columns are those of `SAMPLE_SCHEMA`."""
@@ -213,7 +213,7 @@ def table_to_bytes(table: pa.Table, repeated: str | None = None) -> pa.Buffer:
     """A compressed Parquet file; the values of the column `repeated` are written once each."""
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table.combine_chunks(),  # the same rows make the same bytes
+        table,
         sink,
         compression="zstd",
         use_dictionary=[] if repeated is None else [repeated],

@@ -510,7 +510,7 @@ def _log_mel_kernel(
         real = tl.load(pointers, mask=inside, other=0.0)
         imaginary = tl.load(pointers + 1, mask=inside, other=0.0)
         magnitude = tl.sqrt(real * real + imaginary * imaginary + EPS)
-        weights = tl.load(filters + mel[None, :] * bins + bin[:, None], mask=(bin < BINS)[:, None], other=0.0)
+        weights = tl.load(filters + bin[:, None] * MELS + mel[None, :], mask=(bin < BINS)[:, None], other=0.0)
         total += tl.dot(magnitude, weights, input_precision=PRECISION)
     total = tl.log(tl.maximum(total, FLOOR))
     out += wave.to(tl.int64) * MELS * frames + mel[None, :] * frames + frame[:, None]

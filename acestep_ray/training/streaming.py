@@ -224,7 +224,8 @@ def _pieces(items: Iterable[MicroBatch], songs: int) -> Iterator[list[MicroBatch
 
 
 def _lost(reject: Reject) -> Exception:
-    problem = f"the song {reject.key!r} could be used when the run began, and cannot now ({reject.reason}): {reject.message}"
+    problem = f"the song {reject.key!r} could be used when the run began, and cannot now"
+    problem = f"{problem} ({reject.reason}): {reject.message}"
     if RejectReason(reject.reason).is_transient:
         return RuntimeError(
             problem

@@ -59,9 +59,8 @@ def unchanged(
 ) -> tuple[list[str], list[str]]:
     """Keys of the rows and of the rejects that stay."""
     outcomes = Outcomes(rows, rejects)
-    candidates = [outcomes.candidate(one, RECIPE) for one in songs]
-    keys = set(unchanged_songs(root, RECIPE, [one for one in candidates if one is not None]))
-    kept, kept_rejects = outcomes.of(keys)
+    candidates = [candidate for one in songs for candidate in outcomes.candidates(one, RECIPE)]
+    kept, kept_rejects = outcomes.of(unchanged_songs(root, RECIPE, candidates))
     return kept["key"].to_pylist(), [reject.key for reject in kept_rejects]
 
 
@@ -81,6 +80,17 @@ def test_of_several_rows_of_a_song_the_current_one_stays_once(root):
     current = stored(song("a"), root)
     rows = ledger({**current, "fingerprint": "old"}, current, {**current, "file": "twice"})
     assert unchanged(rows, [], root, song("a")) == (["a"], [])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_rows_of_several_versions_of_a_file_that_of_the_present_one_stays(root, order):
+    before = stored(song("a"), root, file="before")
+    (root.path / "audio/a.wav").write_bytes((root.path / "audio/b.wav").read_bytes())
+    now = stored(song("a"), root, file="now")
+    rows = ledger(*[before, now][::order])
+    outcomes = Outcomes(rows, [])
+    kept, _ = outcomes.of(unchanged_songs(root, RECIPE, outcomes.candidates(song("a"), RECIPE)))
+    assert kept["file"].to_pylist() == ["now"]
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_footer_of_a_song_is_small(cache):
 
 def test_the_ledger_says_what_a_row_holds(cache):
     row = song_row(
-        "a#1", song_key="a", window=1, is_last_window=False, speaker=True, lyric_languages=["en", "de"]
+        "a#1", song_key="a", window=1, is_last_window=False, speaker=True, lyric_languages=["en", "de", "en"]
     )
     stored = store_rows(cache, [row, song_row("b", lyric_ids=[])])
     assert stored.schema == LEDGER_SCHEMA
@@ -136,7 +136,7 @@ def test_the_ledger_says_what_a_row_holds(cache):
     values = row.to_pylist()[0]
     shared = set(LEDGER_SCHEMA.names) & set(SAMPLE_SCHEMA.names)
     assert {name: entry[name] for name in shared} == {name: values[name] for name in shared}
-    assert (entry["rows_in_file"], entry["prompt_count"]) == (2, 3)
+    assert (entry["rows_in_file"], entry["prompt_count"], entry["languages"]) == (2, 3, ["de", "en"])
     assert entry["bytes_in_file"] == part_file(cache, stored).stat().st_size
     for name, features in (
         ("latents_bytes", len(values["latents"])),
@@ -178,15 +178,17 @@ def test_after_a_killed_commit_sidecars_tell_of_the_parts_that_were_moved(cache,
     for keys in ("ab", "cd"):
         store_rows(cache, [song_row(key) for key in keys])
     monkeypatch.setattr(parts_module, "PART_ROWS", 4)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(parts_module, "write_json", die)
-        finish(cache)
-    monkeypatch.setattr(Store, "open", die)  # no part is read
+        with pytest.raises(KeyboardInterrupt):
+            finish(cache)
+    monkeypatch.delattr(Store, "open")  # no part is read
     assert not cache.names(".incoming/parts")
     assert sorted(find_rows(cache)["key"].to_pylist()) == ["a", "b", "c", "d"]
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(parts_module, "delete_leftovers", die)
-        finish(cache)
+        with pytest.raises(KeyboardInterrupt):
+            finish(cache)
     assert cache.names(".incoming/ledgers")
     assert sorted(find_rows(cache)["key"].to_pylist()) == ["a", "b", "c", "d"]
 

@@ -12,6 +12,7 @@ import soundfile
 
 from acestep_ray.data import audio
 from acestep_ray.data.audio import AudioError, AudioFile, audio_sha256, decode_window, probe_seconds
+from acestep_ray.data.audio_source import WatchedFile
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.storage import StorageError, StoredFile
 
@@ -179,3 +180,11 @@ def test_a_damaged_object_is_refused_like_a_file(store, capfd):
     fsspec.filesystem("memory").pipe_file("/songs/song.flac", b"no music at all")
     assert refusal(file).reason is RejectReason.UNSUPPORTED
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("place", [-5, -(1 << 63), 1 << 70])
+def test_a_place_that_no_file_has_is_not_gone_to(place):
+    file = WatchedFile(io.BytesIO(b"abcdef"))
+    file.seek(2)
+    assert file.seek(place) == file.tell() == 2
+    assert file.read(2) == b"cd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,25 +10,25 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 import soundfile
 import torch
 from safetensors.torch import load_file
 
 from acestep_ray.cache.precompute import precompute
 from acestep_ray.cache.reader import CacheReader
-from acestep_ray.cache.stages import Recipe, Settings, Song, file_versions
+from acestep_ray.cache.stages import Recipe, Settings, Song
 from acestep_ray.config import PrecomputeConfig, TrainConfig
-from acestep_ray.data.lyrics import LyricTokenizer
+from acestep_ray.data.lyrics import LyricTokenizer, LyricTokens
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.data.songs import SongTable
-from acestep_ray.errors import InputError
+from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.storage import Store
+from acestep_ray.training import scan as scan_module
 from acestep_ray.training import streaming
 from acestep_ray.training.job import open_songs, scan_for_stream, train
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora import DEFAULT_LORA, read_lora_config
 from acestep_ray.training.sampler import MicroBatch
-from acestep_ray.training.scan import SCAN_SCHEMA, SONGS, read_songs, scan_songs
+from acestep_ray.training.scan import SCAN_SCHEMA, read_songs, scan, scan_songs
 from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
 from acestep_ray.training.streaming import CacheSource, SongLostError, StreamSource
 from acestep_ray.training.worker import WorkerPlace, WorkerSettings, build_plan, train_worker
@@ -115,13 +116,12 @@ def scan_recipe(checkpoint):
     return Recipe(Settings(tag_shuffles=4, ssl_frame_stride=4, seed=0, speaker_dim=dim), {}), tokenizer
 
 
-def scan_again(place: Path, before: pa.Table | None, recipe, tokenizer) -> tuple[dict[str, dict], int]:
+def scan_again(place: Path, before: pa.Table | None, recipe, tokenizer) -> tuple[pa.Table, int]:
     table = SongTable.open(place)
     some = [Song.from_row(row) for row in table]
     if before is None:
         before = SCAN_SCHEMA.empty_table().take(pa.array([None] * len(some), pa.int64()))
-    outcomes, scanned = scan_songs(table.root, some, before, recipe, tokenizer)
-    return outcomes, scanned
+    return scan_songs(table.root, some, before, recipe, tokenizer)
 
 
 def test_a_scan_finds_lengths_and_reasons_and_looks_only_at_what_has_changed(scan_recipe, tmp_path):
@@ -228,15 +228,15 @@ def assert_same(found, expected) -> None:
 def test_every_worker_gets_its_micro_batches_in_the_plans_order_from_any_step(
     cache, stream, config, monkeypatch
 ):
-    """Over several pipelines, with more songs in each than fit into the object store's share at once."""
+    """Also over several pipelines, and where a pipeline's share of the object store holds no whole song."""
     monkeypatch.setattr(streaming, "_SONGS_PER_PIPELINE", 5)
     monkeypatch.setattr(streaming, "_WAVES_PER_PIPELINE", 0)
     monkeypatch.setattr(streaming, "_STORE_SHARE", 1e-9)
     source = StreamSource(stream, torch.device("cpu"), workers=2)
     expected = CacheSource(CacheReader(cache).index)
     plan = build_plan(source.latent_frames, replace(config, devices=2))
-    for rank, first_step in ((0, 0), (1, 0), (1, 3)):
-        items = [item for step in range(first_step, 6) for item in plan.step(step)[rank::2]]
+    for rank, first_step in ((0, 0), (1, 2)):
+        items = [item for step in range(first_step, 5) for item in plan.step(step)[rank::2]]
         seen = [
             list(one.read_ahead(iter(items), lambda item, songs: (item, songs), threads=1))
             for one in (source, expected)
@@ -291,7 +291,7 @@ def test_two_workers_on_two_cpus_stream_what_one_trains_on(cache, config, tmp_pa
     assert "klingon" in said
 
     one = replace(config, dataset_path=cache, accumulate_grad_batches=2)
-    settings = replace(settings_in(tmp_path, one), lora={"r": 4, "target_modules": ["to_q", "to_v"]})
+    settings = replace(settings_in(tmp_path, one), lora=read_lora_config(config.lora_config_path))
     alone = train_worker(
         settings, WorkerPlace(0, 1, torch.device("cpu")), lambda *_: None, say=lambda line: None
     )
@@ -318,15 +318,41 @@ def test_a_song_that_is_lost_while_a_run_is_under_way_ends_it_by_name(two_cpus, 
 
 
 @pytest.mark.ray
-def test_a_scan_goes_on_where_it_was_interrupted(two_cpus, config, checkpoint, tmp_path, monkeypatch):
-    """And a song that ends the process which reads it costs itself alone."""
-    place = write_songs(tmp_path / "dataset", {"alpha": 3.0})
-    folder = Store.at(tmp_path / "scan")
-    table = SongTable.open(place)
-    scan_for_stream(table, checkpoint, config, folder, use_gpu=False)
-    written = (folder.path / SONGS).read_bytes()
-    assert read_songs(folder)["key"].to_pylist() == ["alpha"]
-    assert ray.is_initialized()
-    monkeypatch.setattr("acestep_ray.training.scan.write", None, raising=False)
-    assert file_versions(table.root, Song.from_row(table.row(0)))
-    assert written
+def test_a_scan_goes_on_where_it_stopped_and_a_song_that_ends_its_process_costs_itself(
+    two_cpus, songs, scan_recipe, tmp_path, monkeypatch
+):
+    class Fragile:
+        """A tokenizer that ends its process, or fails, at one song each."""
+
+        def __init__(self, deadly: str = "-", faulty: str = "-"):
+            self.deadly, self.faulty = f"hello {deadly}", f"hello {faulty}"
+
+        def encode(self, text: str, language: str | None) -> LyricTokens:
+            if self.deadly in text:
+                os._exit(1)
+            if self.faulty in text:
+                raise MemoryError
+            return LyricTokens([1], [])
+
+    recipe, _ = scan_recipe
+    folder, table = Store.at(tmp_path), SongTable.open(songs)
+    # All songs in one task, then one at a time.
+    monkeypatch.setattr(scan_module, "_TASKS_PER_CPU", 0.5)
+    monkeypatch.setattr(scan_module, "_RETRIES", 0)
+    first = scan(table, recipe, Fragile(deadly="beta"), folder)
+    assert {reject.key: reject.reason for reject in first.rejects} == {
+        "beta": "corrupt",
+        "broken": "unsupported",
+    }
+    assert "ended its process" in first.rejects[0].message
+    assert read_songs(folder)["key"].to_pylist() == ["alpha", "delta", "gamma", "wordless"]
+
+    for key in ("alpha", "delta"):
+        (songs / f"{key}.wav").touch()
+    monkeypatch.setattr(scan_module, "_SONGS_PER_TASK", 1)
+    with pytest.raises(AceStepError, match=r"(?s)scan .* stopped: .*MemoryError.*'alpha'"):
+        scan(table, recipe, Fragile(faulty="alpha"), folder)  # delta came before it
+    second = scan(table, recipe, Fragile(), folder)
+    assert second.scanned == 1
+    assert second.songs == 4
+    assert second.inputs == 6

@@ -1,0 +1,167 @@
+"""Processes that are killed in the middle of a run: nothing is lost, nothing is there twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from acestep_ray.cache.index import CacheIndex
+from acestep_ray.cache.precompute import PrecomputeSummary, precompute
+from acestep_ray.config import PrecomputeConfig
+from acestep_ray.errors import InputError
+from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
+from tests.cache.conftest import SongFolder, noise
+
+SONGS = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory) -> str:
+    return str(write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny").path)
+
+
+@pytest.fixture
+def config(song_folder: SongFolder, checkpoint_dir: str, tmp_path: Path) -> PrecomputeConfig:
+    for i in range(SONGS):
+        song_folder.add(f"song{i}", noise(3.0 + i / 2, seed=i))
+    song_folder.add("broken", b"RIFF\x24\x00\x00\x00WAVEfmt ")
+    song_folder.write()
+    return PrecomputeConfig(
+        dataset_path=str(song_folder.path),
+        checkpoint_dir=checkpoint_dir,
+        output_dir=str(tmp_path / "cache"),
+        features="latents",
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def expected_latents() -> dict[str, bytes]:
+    """What the first run that ended gave; the runs of all tests have the same songs."""
+    return {}
+
+
+def check_result(config: PrecomputeConfig, summary: PrecomputeSummary, expected: dict[str, bytes]) -> None:
+    rows = pq.read_table(Path(config.output_dir) / "samples").to_pylist()
+    assert sorted(row["key"] for row in rows) == [f"song{i}" for i in range(SONGS)]
+    assert list(CacheIndex.open(config.output_dir).keys) == [f"song{i}" for i in range(SONGS)]
+    assert summary.computed + summary.unchanged == SONGS
+    assert [reject.key for reject in summary.rejects] == ["broken"]
+    latents = {row["key"]: row["latents"] for row in rows}
+    assert expected.setdefault("latents", latents) == latents
+    assert not Path(config.output_dir, ".incoming").exists()
+
+
+def stored_parts(config: PrecomputeConfig) -> int:
+    return len(list(Path(config.output_dir).glob(".incoming/ledgers/*.parquet")))
+
+
+def wait_until(condition: Callable[[], bool], ended: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert not ended(), "the run has ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def worker_processes(name: str) -> list[int]:
+    """Process ids of Ray's workers that run what `name` says."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if title.startswith("ray::") and name in title:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("stage", ["_Encode", "_decode"])
+def test_a_worker_that_is_killed_costs_no_song(two_cpus, config, expected_latents, stage):
+    torch.set_num_threads(1)
+    outcome: list[PrecomputeSummary] = []
+    run = threading.Thread(target=lambda: outcome.append(precompute(config)), daemon=True)
+    run.start()
+    if stage == "_Encode":
+        wait_until(lambda: stored_parts(config) > 0, lambda: not run.is_alive())
+    else:
+        wait_until(lambda: bool(worker_processes(stage)), lambda: not run.is_alive())
+    victims = worker_processes(stage)
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    run.join(timeout=200)
+    assert outcome, "the run has not ended, or it has failed"
+    check_result(config, outcome[0], expected_latents)
+    assert outcome[0].unchanged == 0
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "moment",
+    [
+        lambda cache: (cache / ".incoming").exists(),
+        lambda cache: len(list(cache.glob(".incoming/ledgers/*.parquet"))) >= 3,
+        lambda cache: bool(list(cache.glob("samples/*"))),
+    ],
+    ids=["at the start", "in the middle", "at the commit"],
+)
+def test_a_driver_that_is_killed_goes_on_from_there(two_cpus, config, expected_latents, moment):
+    torch.set_num_threads(1)
+    values = {
+        name: getattr(config, name) for name in ("dataset_path", "checkpoint_dir", "output_dir", "features")
+    }
+    code = (
+        "from acestep_ray.cache.precompute import precompute\n"
+        "from acestep_ray.config import PrecomputeConfig\n"
+        f"precompute(PrecomputeConfig(**{values!r}, device='cpu'))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RAY_ADDRESS": two_cpus})
+    try:
+        wait_until(lambda: moment(Path(config.output_dir)), lambda: process.poll() is not None)
+    finally:
+        process.kill()
+        process.wait()
+    stored = stored_parts(config) + len(list(Path(config.output_dir).glob("samples/*")))
+    with pytest.raises(InputError, match=r"not complete|not a feature cache"):
+        CacheIndex.open(config.output_dir)
+    summary = precompute(config)
+    check_result(config, summary, expected_latents)
+    assert summary.unchanged >= min(stored, 3)
+
+
+@pytest.mark.ray
+def test_a_killed_run_leaves_the_cache_that_was_there(two_cpus, config, song_folder, expected_latents):
+    torch.set_num_threads(1)
+    precompute(config)
+    before = CacheIndex.open(config.output_dir)
+    song_folder.add("song0", noise(4.0, seed=77))
+    song_folder.write()
+    code = (
+        "from acestep_ray.cache.precompute import precompute\n"
+        "from acestep_ray.config import PrecomputeConfig\n"
+        f"precompute(PrecomputeConfig(**{vars(config)!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RAY_ADDRESS": two_cpus})
+    try:
+        wait_until(lambda: stored_parts(config) > 0, lambda: process.poll() is not None)
+    finally:
+        process.kill()
+        process.wait()
+    assert CacheIndex.open(config.output_dir).fingerprint == before.fingerprint
+    summary = precompute(config)
+    assert (summary.computed, summary.unchanged) == (0, SONGS)
+    assert CacheIndex.open(config.output_dir).fingerprint != before.fingerprint

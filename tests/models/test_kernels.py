@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from acestep_ray.models import kernels
+
+BOUNDS = {"float32": 1e-6, "float16": 2e-3}
+
+
+def test_every_triton_kernel_gives_the_numbers_of_plain_torch():
+    """In Triton's interpreter, which needs no GPU but its own process."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.models.kernel_cases"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    errors = json.loads(run.stdout.splitlines()[-1])
+    assert len(errors) == 50
+    wrong = {
+        name: error
+        for name, error in errors.items()
+        if not error < next(bound for dtype, bound in BOUNDS.items() if dtype in name)
+    }
+    assert not wrong
+
+
+def test_where_triton_cannot_compile_plain_torch_does_the_work_and_one_warning_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "acestep_ray.models.triton_kernels", None)  # its import fails
+    kernels._compiled_kernels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Triton compiles nothing here"):
+            assert kernels._compiled_kernels() is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert kernels._compiled_kernels() is None
+    finally:
+        kernels._compiled_kernels.cache_clear()
+
+
+def test_the_moments_of_a_filtered_wave_are_those_of_its_output():
+    wave, taps = torch.randn(3, 4000) + 0.3, torch.randn(7, 10)
+    patches = wave.unfold(1, 10, 5)
+    output = patches @ taps.T
+    mean, variance = kernels._filtered_moments(patches, taps)
+    torch.testing.assert_close(mean, output.mean(dim=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(variance, output.var(dim=1, correction=0), rtol=1e-4, atol=1e-5)
