@@ -29,7 +29,7 @@ class PrecomputeConfig:
     """Runs the frozen models once over songs and writes the feature cache."""
 
     dataset_path: str
-    """Dataset that `prepare` wrote, a folder of songs, or a .csv or .jsonl file; a path, or an s3://, gs://, hf:// URL."""
+    """Dataset that `prepare` wrote, a folder of songs, or a .csv or .jsonl file; a path or a URL."""
     checkpoint_dir: str
     """Checkpoint directory in the released layout."""
     output_dir: str

@@ -59,7 +59,10 @@ def write_songs(folder: Path, count: int, seconds: float, distinct: int = 4) -> 
         tone = 0.3 * np.sin(2 * np.pi * pitch * time_axis)[:, None] + random.normal(
             0, 0.05, (len(time_axis), 2)
         )
-        soundfile.write(folder / f"original{i}.{FORMATS[i % 4]}", tone.astype(np.float32), 44_100)
+        with soundfile.SoundFile(folder / f"original{i}.{FORMATS[i % 4]}", "w", 44_100, 2) as file:
+            # libsndfile's Vorbis encoder crashes on minutes of audio at once.
+            for start in range(0, len(tone), 44_100):
+                file.write(tone[start : start + 44_100].astype(np.float32))
     songs = []
     for i in range(count):
         suffix = FORMATS[i % distinct % 4]

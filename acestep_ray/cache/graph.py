@@ -37,7 +37,13 @@ from acestep_ray.cache.stages import (
     decode_song,
     file_versions,
 )
-from acestep_ray.cache.transport import decoded_table, plain_faults, read_decoded
+from acestep_ray.cache.transport import (
+    as_one_row,
+    decoded_table,
+    from_one_row,
+    plain_faults,
+    read_decoded,
+)
 from acestep_ray.data.audio import MIN_SECONDS, SAMPLE_RATE, probe_seconds
 from acestep_ray.data.schema import RejectReason, locate_file
 from acestep_ray.errors import AceStepError, InputError
@@ -53,11 +59,17 @@ _FEW_CPUS, _DECODE_CPUS_OF_FEW = 4, 0.5
 # Ray Data retries without end what a dead worker was doing: nobody would wait for a song that kills its worker.
 _ATTEMPTS = 3
 _SONGS_PER_LIST = 128
-# Songs that share a stored file; few songs get one each, so that little is lost when the run is killed.
-_SONGS_PER_FILE, _FEW_SONGS = 8, 64
+# Batches that share a stored file, about 64 MB; few songs get one each: little is lost when the run is killed.
+_BATCHES_PER_FILE, _FEW_SONGS = 8, 64
 _TYPICAL_BITRATES = {".wav": 1_411_000, ".aiff": 1_411_000, ".aif": 1_411_000, ".flac": 900_000}
 _TYPICAL_BITRATE = 160_000
-_BY_BLOCK = {"batch_size": None, "batch_format": "pyarrow"}
+# Where GPUs are asked for, Ray Data wants a number of rows: a batch of songs is one row.
+_BY_BLOCK = {"batch_size": 1, "batch_format": "pyarrow"}
+_COLUMNS = {
+    "latents": ("latents", "latent_frames"),
+    "text": ("prompts", "text_embeddings", "text_dim", "lyric_ids", "lyric_languages"),
+    "ssl": ("ssl",),
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ class Graph:
             )
         return dataset.map_batches(
             partial(_store, cache=self.cache, recipe=self.recipe),
-            batch_size=1 if count < _FEW_SONGS else _SONGS_PER_FILE,
+            batch_size=1 if count < _FEW_SONGS else _BATCHES_PER_FILE,
             batch_format="pyarrow",
             num_cpus=_STORE_CPUS,
         )
@@ -237,11 +249,11 @@ def _decode(batch: pa.Table, root: Store, recipe: Recipe, budget: float, attempt
         song = Song(**values)
         for outcome in _decode_one(root, song, recipe, attempts):
             if _padded_seconds([*waiting, outcome]) > budget and waiting:
-                yield decoded_table(waiting)
+                yield as_one_row(decoded_table(waiting))
                 waiting = []
             waiting.append(outcome)
     if waiting:
-        yield decoded_table(waiting)
+        yield as_one_row(decoded_table(waiting))
 
 
 def _decode_one(root: Store, song: Song, recipe: Recipe, attempts: Any) -> Iterator[DecodedSong | Reject]:
@@ -284,22 +296,24 @@ class _Encode:
             torch.set_num_threads(max(1, int(pool.num_cpus)))
 
     def __call__(self, batch: pa.Table, keep_wave: bool) -> pa.Table:
-        rejects = batch["reject"].to_pylist()
+        songs = from_one_row(batch)
+        rejects = songs["reject"].to_pylist()
         places = [row for row, reject in enumerate(rejects) if reject is None]
         columns: list[dict[str, Any]] = [{} for _ in rejects]
         if places:
-            songs = [read_decoded(batch, row) for row in places]
-            for row, outcome in zip(places, self._encode(songs), strict=True):
+            decoded = [read_decoded(songs, row) for row in places]
+            for row, outcome in zip(places, self._encode(decoded), strict=True):
                 if isinstance(outcome, Reject):
                     rejects[row] = json.dumps(asdict(outcome))
                 else:
                     columns[row] = outcome
-        batch = batch.set_column(batch.column_names.index("reject"), "reject", pa.array(rejects, pa.string()))
-        for name in dict.fromkeys(name for values in columns for name in values):
+        place = songs.column_names.index("reject")
+        songs = songs.set_column(place, "reject", pa.array(rejects, pa.string()))
+        for name in (name for group in self.pool.features for name in _COLUMNS[group]):
             kind = SAMPLE_SCHEMA.field(name).type
-            batch = batch.append_column(name, pa.array([values.get(name) for values in columns], kind))
+            songs = songs.append_column(name, pa.array([values.get(name) for values in columns], kind))
         # 92 MB a song that nobody needs any more.
-        return batch if keep_wave else batch.drop_columns("wave")
+        return as_one_row(songs if keep_wave else songs.drop_columns("wave"))
 
     def _encode(self, songs: list[DecodedSong]) -> list[dict[str, Any] | Reject]:
         keys = [song.key for song in songs]
@@ -322,14 +336,17 @@ class _Encode:
 
 
 def _store(batch: pa.Table, cache: Store, recipe: Recipe) -> pa.Table:
-    """Encoded songs to a file of the cache; what is left is their ledger and their rejects."""
-    rejects = [Reject(**json.loads(values)) for values in batch["reject"].to_pylist() if values is not None]
-    names = [name for name in batch.column_names if name in SAMPLE_SCHEMA.names and name != "speaker"]
-    rows = []
-    for row, reject in enumerate(batch["reject"].to_pylist()):
-        if reject is None:
-            columns = batch.select(names).slice(row, 1).to_pylist()[0]
-            rows.append(build_row(read_decoded(batch, row), columns, recipe))
+    """Batches of encoded songs to a file of the cache; what is left is their ledger and their rejects."""
+    rows, rejects = [], []
+    for number in range(len(batch)):
+        songs = from_one_row(batch, number)
+        names = [name for name in songs.column_names if name in SAMPLE_SCHEMA.names and name != "speaker"]
+        for row, reject in enumerate(songs["reject"].to_pylist()):
+            if reject is None:
+                columns = songs.select(names).slice(row, 1).to_pylist()[0]
+                rows.append(build_row(read_decoded(songs, row), columns, recipe))
+            else:
+                rejects.append(Reject(**json.loads(reject)))
     ledger = store_rows(cache, rows) if rows else LEDGER_SCHEMA.empty_table()
     store_rejects(cache, rejects)
     receipt = {

@@ -30,6 +30,21 @@ def decoded_table(outcomes: Sequence[DecodedSong | Reject]) -> pa.Table:
     )
 
 
+def as_one_row(table: pa.Table) -> pa.Table:
+    """The table as a row of lists, without a copy: Ray Data then keeps the songs of a batch together."""
+    lists = {}
+    for name in table.column_names:
+        values = table[name].combine_chunks()
+        values = values.chunk(0) if isinstance(values, pa.ChunkedArray) else values
+        lists[name] = pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
+    return pa.table(lists)
+
+
+def from_one_row(table: pa.Table, row: int = 0) -> pa.Table:
+    """The table that `as_one_row` made row `row` of."""
+    return pa.table({name: table[name][row].values for name in table.column_names})
+
+
 def _binary(arrays: Sequence[np.ndarray | None]) -> pa.Array:
     contents = [None if array is None else np.ascontiguousarray(array).data.cast("B") for array in arrays]
     return pa.array(contents, pa.large_binary())

@@ -42,6 +42,7 @@ class HubertFeatures(nn.Module):
         sums = torch.stack(biases).float().cumsum(dim=0)
         self._keep("stream_bias", torch.cat([torch.zeros_like(sums[:1]), sums]), dtype)
         self.model = model.to(dtype)
+        self._spectra: dict[int, SpectralConvolution] = {}
 
     def _keep(self, name: str, weight: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
         if weight is not None:
@@ -84,11 +85,20 @@ class HubertFeatures(nn.Module):
     def positions(self, x: Tensor) -> Tensor:
         """The grouped convolution over time that tells the layers where a frame is."""
         conv = self.model.encoder.pos_conv_embed.conv
-        padding = self.position_weight.shape[-1] // 2
+        if x.is_cuda:
+            # cuDNN takes up to 17 ms a minute of song for it, depending on the number of chunks.
+            return _gelu(self._position_spectra(x.shape[1])(x, conv.bias))
+        weight = self.position_weight
         out = F.conv1d(
-            x.transpose(1, 2), self.position_weight, conv.bias, padding=padding, groups=conv.groups
+            x.transpose(1, 2), weight, conv.bias, padding=weight.shape[-1] // 2, groups=conv.groups
         )
         return _gelu(out.transpose(1, 2)[:, : x.shape[1]])
+
+    def _position_spectra(self, frames: int) -> SpectralConvolution:
+        if frames not in self._spectra:
+            groups = self.model.encoder.pos_conv_embed.conv.groups
+            self._spectra[frames] = SpectralConvolution(self.position_weight, groups, frames)
+        return self._spectra[frames]
 
     def encode_first_normed(self, x: Tensor) -> Tensor:
         """The transformer of large HuBERTs, which normalise before each half of a layer.
@@ -171,3 +181,41 @@ def _joined_projections(attentions: list[nn.Module], name: str) -> Tensor:
 
 def _output_biases(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return layer.attention.out_proj.bias.detach(), layer.feed_forward.output_dense.bias.detach()
+
+
+class SpectralConvolution:
+    """A wide grouped convolution over time, without its last frame where the kernel is even, as a product of spectra.
+
+    For inputs of `frames` frames; float32 inside. `weight` is (C, C / groups, K), padded by K // 2 on both sides.
+    """
+
+    def __init__(self, weight: Tensor, groups: int, frames: int):
+        width = weight.shape[-1]
+        self.frames, self.groups, self.padding = frames, groups, width // 2
+        self.length = _smooth_length(frames + width)
+        # A convolution layer correlates: its kernel's spectrum is conjugated.
+        spectrum = torch.fft.rfft(weight.float(), n=self.length, dim=-1).conj()
+        self.kernel = spectrum.unflatten(0, (groups, -1)).permute(3, 0, 2, 1).resolve_conj().contiguous()
+
+    def __call__(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(N, frames, C) → the same shape and dtype."""
+        spectrum = torch.fft.rfft(x.float(), n=self.length, dim=1)  # (N, F, C)
+        spectrum = spectrum.unflatten(-1, (self.groups, -1)).permute(1, 2, 0, 3)  # (F, G, N, in)
+        product = torch.matmul(spectrum, self.kernel).permute(2, 0, 1, 3).flatten(2)
+        full = torch.fft.irfft(product, n=self.length, dim=1)
+        # Output t reads inputs from t − padding on: it lies at that place of the circular correlation.
+        wrapped = full[:, self.length - self.padding :]
+        out = torch.cat([wrapped, full[:, : self.frames - self.padding]], dim=1)[:, : self.frames]
+        return (out + bias.float()).to(x.dtype)
+
+
+def _smooth_length(length: int) -> int:
+    """The next length without prime factors above 5, which Fourier transforms are fast for."""
+    while True:
+        rest = length
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return length
+        length += 1

@@ -405,7 +405,16 @@ def _add_halved_kernel(
     # Line h of a halved image begins at line 2h of the image, both counted through the batch.
     x += line.to(tl.int64) * 4 * width * C
     total = tl.zeros([COLUMNS, BLOCK], tl.float32)
-    for i in tl.static_range(GROUP):
+    if GROUP == 2:  # neighbouring outputs come from two rows of one channel: both read in order
+        half = tl.program_id(0) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        there = (column < width) & (half < C)
+        left = x + 2 * column * C + half
+        top = tl.load(left, mask=there, other=0.0).to(tl.float32)
+        top += tl.load(left + C, mask=there, other=0.0).to(tl.float32)
+        bottom = tl.load(left + 2 * width * C, mask=there, other=0.0).to(tl.float32)
+        bottom += tl.load(left + 2 * width * C + C, mask=there, other=0.0).to(tl.float32)
+        total = tl.interleave(top, bottom)
+    for i in tl.static_range(0 if GROUP == 2 else GROUP):
         source = channel * GROUP + i  # of pixel_unshuffle: channel, then row, then column of the 2×2 pixels
         offset = (((source % 4) // 2) * 2 * width + 2 * column + source % 2) * C + source // 4
         total += tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)

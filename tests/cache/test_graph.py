@@ -12,7 +12,7 @@ import ray
 from acestep_ray.cache import graph
 from acestep_ray.cache.graph import estimate_seconds, group_by_length
 from acestep_ray.cache.stages import DecodedSong, Song, decode_song, file_versions
-from acestep_ray.cache.transport import read_decoded
+from acestep_ray.cache.transport import as_one_row, from_one_row, read_decoded
 from acestep_ray.storage import Store
 from tests.cache.conftest import RECIPE, SETTINGS, noise, song
 
@@ -75,7 +75,8 @@ def group_of(*songs: Song) -> pa.Table:
 
 
 def decode_tables(root: Store, attempts, *songs: Song, recipe=RECIPE) -> list[pa.Table]:
-    return list(graph._decode(group_of(*songs), root, recipe, BUDGET, attempts))
+    batches = graph._decode(group_of(*songs), root, recipe, BUDGET, attempts)
+    return [from_one_row(batch) for batch in batches]
 
 
 @pytest.mark.ray
@@ -93,6 +94,14 @@ def test_decoded_songs_pass_through_a_table_unchanged(song_folder, attempts):
         np.testing.assert_array_equal(found.wave, expected.wave)
         np.testing.assert_equal(found.speaker, expected.speaker)
     assert json.loads(table["reject"][2].as_py())["reason"] == "missing"
+
+
+def test_a_batch_is_one_row_and_comes_back_whole():
+    table = pa.table({"a": ["x", None, "z"], "b": pa.array([b"1", b"", None], pa.large_binary())})
+    rows = [as_one_row(table), as_one_row(table.slice(1, 1)), as_one_row(table.slice(0, 0))]
+    assert [len(row) for row in rows] == [1, 1, 1]
+    joined = pa.concat_tables(rows)
+    assert [from_one_row(joined, i) for i in range(3)] == [table, table.slice(1, 1), table.slice(0, 0)]
 
 
 @pytest.mark.ray
@@ -134,12 +143,14 @@ def test_after_a_death_the_songs_of_a_batch_are_encoded_one_by_one(song_folder, 
 
     stage = graph._Encode("", RECIPE, graph.EncoderPool(("latents",), "cuda", 1, 1, 1), attempts)
     monkeypatch.setattr(stage, "_models", Models)
-    stage(table, keep_wave=False)
+    stage(as_one_row(table), keep_wave=False)
     ray.get(attempts.begin.remote("encode latents", ["b"]))
-    encoded = stage(table, keep_wave=False)
+    encoded = stage(as_one_row(table), keep_wave=False)
     assert sizes == [3, 1, 1, 1]
+    assert encoded.num_rows == 1
     assert "wave" not in encoded.column_names
+    assert from_one_row(encoded)["latent_frames"].to_pylist() == [1, 1, 1]
     for _ in range(3):
         ray.get(attempts.begin.remote("encode latents", ["b"]))
     with pytest.raises(RuntimeError, match="3 times"):
-        stage(table, keep_wave=False)
+        stage(as_one_row(table), keep_wave=False)

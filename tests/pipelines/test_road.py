@@ -158,7 +158,7 @@ MISTAKES = (
     "an unknown target module",
     "a LoRA configuration that is no JSON",
     "a corrupt settings file",
-    "a cache that is none",
+    "neither a cache nor songs",
     "no LoRA",
     "a format that cannot be written",
 )
@@ -205,9 +205,9 @@ def bad_inputs(inputs: Path, scratch: Path) -> dict[str, tuple[list, str]]:
         ),
         "a LoRA configuration that is no JSON": ([*train, "--lora_config_path", inputs / "songs"], "songs"),
         "a corrupt settings file": (["train", "--config", settings], "train.yaml"),
-        "a cache that is none": (
-            ["train", "--dataset_path", inputs / "songs", *checkpoint, "--lora_config_path", LORA_CONFIG],
-            "songs",
+        "neither a cache nor songs": (
+            ["train", "--dataset_path", empty, *checkpoint, "--lora_config_path", LORA_CONFIG],
+            "empty",
         ),
         "no LoRA": (
             ["generate", *checkpoint, "--output_path", scratch / "a.wav", "--lora_path", scratch / "nowhere"],

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from acestep_ray.config import TrainConfig
-from acestep_ray.errors import InputError
-from acestep_ray.training.job import interruptible, train
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.training import job
+from acestep_ray.training.job import interruptible, reserved_by_worker, run_worker, train
 from acestep_ray.training.state import WEIGHTS_FILE
+from acestep_ray.training.worker import TrainingDivergedError, WorkerSettings
 
 
 @pytest.fixture
@@ -106,6 +108,46 @@ def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache,
     (cache / "manifest.json").write_text(json.dumps({**manifest, "ssl": {}}))
     with pytest.raises(InputError, match="--ssl_coeff 0"):
         train(replace(config, dataset_path=str(cache)))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "devices", "share"), [(2, 1, 1.0), (2, 2, 0.5), (1, 1, 0.5), (16, 3, 1.0), (4, 6, 0.333)]
+)
+def test_workers_of_streamed_songs_leave_half_of_the_cpus_to_decoding(
+    config, tmp_path, monkeypatch, cpus, devices, share
+):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": float(cpus)})
+    many = replace(config, devices=devices)
+    streamed = WorkerSettings(many, {}, tmp_path, tmp_path, tmp_path, None, 1, stream=object())
+    assert reserved_by_worker(streamed, use_gpu=False) == {"CPU": share}
+    assert reserved_by_worker(streamed, use_gpu=True) is None
+    assert reserved_by_worker(replace(streamed, stream=None), use_gpu=False) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "workers", "is_raised"),
+    [
+        (AceStepError("a damaged song"), 1, False),
+        (AceStepError("a damaged song"), 2, True),
+        (TrainingDivergedError("nan"), 2, False),
+    ],
+)
+def test_an_error_that_one_worker_alone_may_meet_ends_the_others_too(monkeypatch, error, workers, is_raised):
+    class Context:
+        get_world_rank = staticmethod(lambda: 0)
+        get_world_size = staticmethod(lambda: workers)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("ray.train.get_context", Context)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(job, "train_worker", fail)
+    if is_raised:
+        with pytest.raises(AceStepError, match="a damaged song"):
+            run_worker({"settings": None, "say": print})
+    else:
+        assert run_worker({"settings": None, "say": print}) is error
 
 
 def test_ray_trains_answer_to_ctrl_c_becomes_an_interrupt_and_its_handler_goes():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
@@ -14,9 +14,20 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from acestep_ray.cache.precompute import precompute
+from acestep_ray.cache.parts import claim_output_dir, store_rows
+from acestep_ray.cache.precompute import check_settings, make_recipe
 from acestep_ray.cache.reader import CacheReader
-from acestep_ray.cache.stages import Recipe, Settings, Song
+from acestep_ray.cache.stages import (
+    DecodedSong,
+    Encoder,
+    Recipe,
+    Reject,
+    Settings,
+    Song,
+    decode_song,
+    file_versions,
+)
+from acestep_ray.cache.transport import read_decoded
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.lyrics import LyricTokenizer, LyricTokens
 from acestep_ray.data.schema import RejectReason
@@ -32,6 +43,7 @@ from acestep_ray.training.scan import SCAN_SCHEMA, read_songs, scan, scan_songs
 from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
 from acestep_ray.training.streaming import CacheSource, SongLostError, StreamSource
 from acestep_ray.training.worker import WorkerPlace, WorkerSettings, build_plan, train_worker
+from tests.cache.rows import finish
 
 SECONDS = {"delta": 3.2, "alpha": 4.0, "gamma": 3.0, "beta": 5.5}
 BROKEN = {"broken": "unsupported", "wordless": "bad_lyrics"}
@@ -93,11 +105,22 @@ def config(songs, checkpoint, tmp_path_factory) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def cache(two_cpus, config, tmp_path_factory) -> str:
-    """The cache of the songs, with the settings that `precompute` has by itself."""
-    output = str(tmp_path_factory.mktemp("cache") / "cache")
-    precompute(PrecomputeConfig(config.dataset_path, config.checkpoint_dir, output, device="cpu"))
-    return output
+def cache(config, checkpoint, tmp_path_factory) -> str:
+    """The cache of the songs, with the settings that `precompute` has by itself, made without Ray."""
+    directory = Store.at(tmp_path_factory.mktemp("cache") / "cache")
+    defaults = PrecomputeConfig(config.dataset_path, config.checkpoint_dir, directory.url)
+    recipe = make_recipe(defaults, checkpoint, check_settings(defaults), device="cpu")
+    encoder = Encoder.load(checkpoint, recipe, "cpu")
+    table = SongTable.open(config.dataset_path)
+    claim_output_dir(directory)
+    for row in table:
+        song = Song.from_row(row)
+        (decoded,) = decode_song(table.root, song, recipe, file_versions(table.root, song))
+        encoded = encoder.encode_song(decoded) if isinstance(decoded, DecodedSong) else decoded
+        if not isinstance(encoded, Reject):
+            store_rows(directory, [encoded])
+    finish(directory, settings=asdict(recipe.settings))
+    return directory.url
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +249,7 @@ def assert_same(found, expected) -> None:
 
 @pytest.mark.ray
 def test_every_worker_gets_its_micro_batches_in_the_plans_order_from_any_step(
-    cache, stream, config, monkeypatch
+    two_cpus, cache, stream, config, monkeypatch
 ):
     """Also over several pipelines, and where a pipeline's share of the object store holds no whole song."""
     monkeypatch.setattr(streaming, "_SONGS_PER_PIPELINE", 5)
@@ -244,6 +267,16 @@ def test_every_worker_gets_its_micro_batches_in_the_plans_order_from_any_step(
         assert [item for item, _ in seen[0]] == items
         for (_, found), (_, wanted) in zip(*seen, strict=True):
             assert_same([vars(song) for song in found], [vars(song) for song in wanted])
+
+
+@pytest.mark.ray
+def test_songs_that_take_long_to_decode_keep_their_place(two_cpus, config, checkpoint, tmp_path):
+    place = write_songs(tmp_path / "dataset", {"alpha": 120.0, "beta": 3.0})
+    folder = Store.at(tmp_path / "scan")
+    stream = scan_for_stream(SongTable.open(place), checkpoint, config, folder, use_gpu=False)
+    rows = [1, 1, 0, 1, 1, 0, 1, 1]
+    decoded = StreamSource(stream, torch.device("cpu"))._start_pipeline(rows)
+    assert [read_decoded(table, 0).key for table in decoded] == [("alpha", "beta")[row] for row in rows]
 
 
 def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettings:
