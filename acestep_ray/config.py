@@ -85,7 +85,7 @@ class TrainConfig:
     """Trains a LoRA on a feature cache, or on songs as they are."""
 
     dataset_path: str
-    """Feature cache that `precompute` wrote, or a dataset, a folder of songs, or a .csv or .jsonl file: songs that every
+    """Feature cache that `precompute` wrote, or a dataset, a folder of songs, a .csv or .jsonl file: songs that every
     epoch decodes and encodes again; a path or a URL."""
     checkpoint_dir: str
     """Checkpoint directory of the base model, in the released layout."""

@@ -161,7 +161,7 @@ class StreamSource:
         context.target_max_block_size = 1
         context.execution_options.preserve_order = True
         store = ray.cluster_resources().get("object_store_memory", 0) * _STORE_SHARE / self.workers
-        context.execution_options.resource_limits = ExecutionResources(object_store_memory=store)
+        context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
         songs = self.songs.take(pa.array(rows, pa.int64()))
         with DataContext.current(context):
             dataset = ray.data.from_arrow([songs.slice(i, 1) for i in range(len(rows))])

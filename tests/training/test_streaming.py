@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from acestep_ray.cache.stages import (
     decode_song,
     file_versions,
 )
-from acestep_ray.cache.transport import read_decoded
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.lyrics import LyricTokenizer, LyricTokens
 from acestep_ray.data.schema import RejectReason
@@ -270,13 +270,19 @@ def test_every_worker_gets_its_micro_batches_in_the_plans_order_from_any_step(
 
 
 @pytest.mark.ray
-def test_songs_that_take_long_to_decode_keep_their_place(two_cpus, config, checkpoint, tmp_path):
-    place = write_songs(tmp_path / "dataset", {"alpha": 120.0, "beta": 3.0})
-    folder = Store.at(tmp_path / "scan")
-    stream = scan_for_stream(SongTable.open(place), checkpoint, config, folder, use_gpu=False)
-    rows = [1, 1, 0, 1, 1, 0, 1, 1]
-    decoded = StreamSource(stream, torch.device("cpu"))._start_pipeline(rows)
-    assert [read_decoded(table, 0).key for table in decoded] == [("alpha", "beta")[row] for row in rows]
+def test_several_songs_are_decoded_at_a_time_and_a_slow_one_keeps_its_place(two_cpus, stream, monkeypatch):
+    def slow(songs, root, recipe):
+        key, started = songs["key"][0].as_py(), time.time()
+        time.sleep(1.0 if key == "alpha" else 0.2)
+        return pa.table({"key": [key], "started": [started], "ended": [time.time()]})
+
+    monkeypatch.setattr(streaming, "decode_songs", slow)
+    rows = [0, 1, 2, 3, 0, 1, 2, 3]
+    decoded = pa.concat_tables(StreamSource(stream, torch.device("cpu"))._start_pipeline(rows)).to_pylist()
+    assert [song["key"] for song in decoded] == [sorted(SECONDS)[row] for row in rows]
+    ends = sorted(song["ended"] for song in decoded)
+    starts = sorted(song["started"] for song in decoded)
+    assert any(start < end for start, end in zip(starts[1:], ends, strict=False))
 
 
 def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettings:
