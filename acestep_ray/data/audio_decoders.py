@@ -188,11 +188,11 @@ class _TorchcodecDecoder:
             while sound < limit and self._decode(start + sound, step).shape[1]:
                 sound += step
         except Exception:
-            pass
+            pass  # the damage is reached: `failure` tells of it already, `sound` where it begins
         try:
             self._decoder = self._open()
             return self._decode(start, min(sound, limit)), failure
-        except Exception:
+        except Exception:  # nothing can be saved; `failure` goes into the reject
             return nothing, failure
 
     def close(self) -> None:
