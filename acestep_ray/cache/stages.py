@@ -409,18 +409,18 @@ class Encoder:
         Raises InputError where a part of the checkpoint is broken.
         """
         features = recipe.settings.features if features is None else features
-        options = {}  # TEMP
+        precision = recipe.settings.precision
         models: dict[str, Any] = {}
         if "latents" in features:
-            models["codec"] = checkpoint.load_codec(device, **options)
+            models["codec"] = checkpoint.load_codec(device, precision=precision)
         if "text" in features:
             # Imported here: the workers that only decode need no lyric front end.
             from acestep_ray.data.lyrics import LyricTokenizer
 
-            models["text_encoder"] = checkpoint.load_text_encoder(device, **options)
+            models["text_encoder"] = checkpoint.load_text_encoder(device, precision=precision)
             models["lyric_tokenizer"] = LyricTokenizer.from_file(checkpoint.lyric_vocab_path())
         if "ssl" in features:
-            models["ssl_encoders"] = checkpoint.load_ssl_encoders(device, **options)
+            models["ssl_encoders"] = checkpoint.load_ssl_encoders(device, precision=precision)
         return cls(recipe, **models, device=device)
 
     def encode(self, songs: Sequence[DecodedSong]) -> list[dict[str, Any] | Reject]:

@@ -33,7 +33,7 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
-from tests.cache.conftest import SongFolder, noise
+from tests.cache.conftest import SongFolder, decoded, noise, song
 
 SPEAKER_DIM = 512
 GOOD = [f"song{i}" for i in range(6)]
@@ -336,6 +336,21 @@ def test_a_gpu_encodes_in_half_precision_unless_told_otherwise(config, checkpoin
 
     assert (precision("cuda"), precision("cpu")) == ("16", "32")
     assert precision("cuda", precision="32") == "32"
+
+
+def test_the_encoders_have_the_precision_of_the_recipe(config, checkpoint):
+    def encoded(precision: str) -> dict[str, np.ndarray]:
+        recipe = make_recipe(replace(config, precision=precision), checkpoint, FEATURE_GROUPS, "cpu")
+        (columns,) = Encoder.load(checkpoint, recipe, "cpu").encode([decoded(song())])
+        return {
+            "latents": np.frombuffer(columns["latents"], np.float16).astype(np.float64),
+            "text": np.frombuffer(columns["text_embeddings"][0], np.float16).astype(np.float64),
+            **{one["name"]: np.frombuffer(one["directions"], np.int8) * 1.0 for one in columns["ssl"]},
+        }
+
+    exact, half = encoded("32"), encoded("16")
+    for name, values in exact.items():
+        assert 0 < np.abs(half[name] - values).max() <= 0.1 * np.abs(values).max(), name
 
 
 def pools(
