@@ -38,7 +38,7 @@ from ray.data import DataContext
 from acestep_ray.cache.graph import Graph
 from acestep_ray.cache.precompute import choose_pools, make_recipe, precompute
 from acestep_ray.cache.schema import FEATURE_GROUPS
-from acestep_ray.cache.stages import Song
+from acestep_ray.cache.songs import Song
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.data.audio import SAMPLE_RATE
 from acestep_ray.models.checkpoint import CheckpointDir

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
+from acestep_ray.cache.decoding import decode_song, file_versions
+from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.precompute import make_recipe
 from acestep_ray.cache.schema import FEATURE_GROUPS, quantise_directions
-from acestep_ray.cache.stages import Encoder, Song, decode_song, file_versions
+from acestep_ray.cache.songs import Song
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.data.demo import write_demo_songs
 from acestep_ray.data.songs import SongTable

@@ -1,4 +1,4 @@
-"""The stages of precompute as Ray Data runs them: tables in, tables out, over the functions of `stages`.
+"""The stages of precompute as Ray Data runs them: tables in, tables out, over `decoding`, `encoding` and `parts`.
 
     lists of songs ─▶ plan ─▶ decode ─▶ encode ─▶ store ─▶ receipts
                      (tasks)  (tasks)   (actors)  (tasks)
@@ -8,35 +8,24 @@ Every table that a stage yields is a block of its own, and a block of decoded so
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
+from acestep_ray.cache.attempts import MAX_ATTEMPTS, Attempts, counted
+from acestep_ray.cache.decoding import decode_song, file_versions
 from acestep_ray.cache.parts import store_rejects, store_rows
 from acestep_ray.cache.schema import INCOMING, LEDGER_SCHEMA, SAMPLE_SCHEMA
-from acestep_ray.cache.stages import (
-    DecodedSong,
-    Encoder,
-    Recipe,
-    Reject,
-    Settings,
-    Song,
-    build_row,
-    decode_song,
-    file_versions,
-)
+from acestep_ray.cache.songs import DecodedSong, Recipe, Reject, Settings, Song, build_row
 from acestep_ray.cache.transport import (
     as_one_row,
     decoded_table,
@@ -49,6 +38,9 @@ from acestep_ray.data.schema import RejectReason, locate_file
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.storage import Store
 
+if TYPE_CHECKING:
+    from acestep_ray.cache.encoding import Encoder
+
 LATENT_FRAMES_PER_SECOND = 44_100 / 512 / 8
 
 _PLAN_CPUS = 0.25
@@ -56,8 +48,6 @@ _DECODE_CPUS = 1.0
 _STORE_CPUS = 0.25
 # On a machine with few cores, so that every stage finds a place beside the encoders.
 _FEW_CPUS, _DECODE_CPUS_OF_FEW = 4, 0.5
-# Ray Data retries without end what a dead worker was doing: nobody would wait for a song that kills its worker.
-_ATTEMPTS = 3
 _SONGS_PER_LIST = 128
 # Batches that share a stored file, about 64 MB; few songs get one each: little is lost when the run is killed.
 _BATCHES_PER_FILE, _FEW_SONGS = 8, 64
@@ -163,7 +153,7 @@ class Graph:
     @cached_property
     def attempts(self) -> Any:
         """The actor that counts attempts, of this run."""
-        return ray.remote(num_cpus=0)(_Attempts).remote()
+        return ray.remote(num_cpus=0)(Attempts).remote()
 
     def _write_lists(self, songs: Iterable[Song], per_list: int) -> list[str]:
         """Write lists of songs beside the cache, for any worker to read: they need not fit in memory."""
@@ -172,32 +162,6 @@ class Graph:
             names.append(f"{INCOMING}/songs/{len(names):06d}.json")
             self.cache.write_bytes(names[-1], json.dumps([asdict(song) for song in some]).encode())
         return names
-
-
-class _Attempts:
-    """An actor that counts how often a stage has begun a song that it did not finish: its process ended."""
-
-    def __init__(self):
-        self.counts: Counter[tuple[str, str]] = Counter()
-
-    def begin(self, stage: str, keys: list[str]) -> int:
-        """The number of this attempt, counted from 1, of that of the songs which was tried most often."""
-        self.counts.update((stage, key) for key in keys)
-        return max(self.counts[stage, key] for key in keys)
-
-    def end(self, stage: str, keys: list[str]) -> None:
-        for key in keys:
-            self.counts.pop((stage, key), None)
-
-
-@contextlib.contextmanager
-def _counted(attempts: Any, stage: str, keys: list[str]) -> Iterator[int]:
-    """The number of this attempt; what raises has not ended its process, and counts as finished."""
-    number = ray.get(attempts.begin.remote(stage, keys))
-    try:
-        yield number
-    finally:
-        attempts.end.remote(stage, keys)
 
 
 def _plan(batch: pa.Table, cache: Store, root: Store, recipe: Recipe, budget: float) -> Iterator[pa.Table]:
@@ -258,15 +222,15 @@ def _decode(batch: pa.Table, root: Store, recipe: Recipe, budget: float, attempt
 
 def _decode_one(root: Store, song: Song, recipe: Recipe, attempts: Any) -> Iterator[DecodedSong | Reject]:
     versions = file_versions(root, song)
-    with plain_faults(song.key), _counted(attempts, "decode", [song.key]) as attempt:
-        if attempt > _ATTEMPTS:
+    with plain_faults(song.key), counted(attempts, "decode", [song.key]) as attempt:
+        if attempt > MAX_ATTEMPTS:
             reason = RejectReason.CORRUPT
             yield Reject(
                 key=song.key,
                 filename=song.filename,
                 stage=reason.stage,
                 reason=reason.value,
-                message=f"reading the file has ended its process {_ATTEMPTS} times",
+                message=f"reading the file has ended its process {MAX_ATTEMPTS} times",
                 song_key=song.key,
                 fingerprint=recipe.reject_fingerprint(song, versions),
                 audio_version=versions.audio,
@@ -293,6 +257,8 @@ class _Encode:
         self.name = f"encode {'+'.join(pool.features)}"
         self.encoder: Encoder | None = None
         if pool.device == "cpu":
+            import torch  # the other stages, whose module this is too, do without
+
             torch.set_num_threads(max(1, int(pool.num_cpus)))
 
     def __call__(self, batch: pa.Table, keep_wave: bool) -> pa.Table:
@@ -317,9 +283,9 @@ class _Encode:
 
     def _encode(self, songs: list[DecodedSong]) -> list[dict[str, Any] | Reject]:
         keys = [song.key for song in songs]
-        with plain_faults(keys[0]), _counted(self.attempts, self.name, keys) as attempt:
-            if attempt > _ATTEMPTS:
-                raise RuntimeError(f"encoding has ended its process {_ATTEMPTS} times (out of memory?)")
+        with plain_faults(keys[0]), counted(self.attempts, self.name, keys) as attempt:
+            if attempt > MAX_ATTEMPTS:
+                raise RuntimeError(f"encoding has ended its process {MAX_ATTEMPTS} times (out of memory?)")
             if attempt > 1:  # whichever song it was, it shall not take the others with it again
                 return [outcome for song in songs for outcome in self._models().encode([song])]
             return self._models().encode(songs)
@@ -327,6 +293,7 @@ class _Encode:
     def _models(self) -> Encoder:
         # Loaded for the first song that decodes: a rerun that only meets old rejects loads nothing.
         if self.encoder is None:
+            from acestep_ray.cache.encoding import Encoder
             from acestep_ray.models.checkpoint import CheckpointDir
 
             self.encoder = Encoder.load(

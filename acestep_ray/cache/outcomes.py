@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from acestep_ray.cache.stages import FileVersions, Recipe, Reject, Song, file_versions, rows_are_current
+from acestep_ray.cache.decoding import file_versions, rows_are_current
+from acestep_ray.cache.songs import FileVersions, Recipe, Reject, Song
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.errors import AceStepError
 from acestep_ray.storage import Store

@@ -43,7 +43,7 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.storage import StorageError, Store
 
 if TYPE_CHECKING:
-    from acestep_ray.cache.stages import Reject
+    from acestep_ray.cache.songs import Reject
 
 PART_BYTES = 64 << 20
 PART_ROWS = 256

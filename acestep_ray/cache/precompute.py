@@ -44,7 +44,7 @@ from acestep_ray.cache.parts import (
 )
 from acestep_ray.cache.progress import Progress
 from acestep_ray.cache.schema import FEATURE_GROUPS, FORMAT_VERSION, LEDGER_SCHEMA, hash_of
-from acestep_ray.cache.stages import WINDOWS, Recipe, Reject, Settings, Song
+from acestep_ray.cache.songs import WINDOWS, Recipe, Reject, Settings, Song
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.data.audio import MIN_SECONDS
 from acestep_ray.data.lyrics import LyricTokenizer

@@ -186,6 +186,11 @@ def quantise_directions(features: np.ndarray) -> np.ndarray:
     return np.rint(features / np.where(largest > 0, largest, 1) * 127).astype(np.int8)
 
 
+def array_to_bytes(array: np.ndarray) -> bytes:
+    """An array as the cache stores it: little-endian, C order."""
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
 def hash_of(*values: Any) -> str:
     """sha256 (hex) of JSON values; floats by their shortest exact form, keys sorted."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

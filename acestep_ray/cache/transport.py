@@ -10,7 +10,7 @@ from dataclasses import asdict
 import numpy as np
 import pyarrow as pa
 
-from acestep_ray.cache.stages import DecodedSong, Reject
+from acestep_ray.cache.songs import DecodedSong, Reject
 from acestep_ray.errors import InputError
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import soxr
-import torch
 
 from acestep_ray.data.audio_decoders import open_decoder
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES, UNSUPPORTED_SUFFIXES
@@ -169,7 +168,7 @@ def to_training_audio(
     sample_rate: int,
     max_seconds: float = 240.0,
     loudness_lufs: float | None = None,
-) -> torch.Tensor:
+) -> np.ndarray:
     """Decoded audio (channels, samples) as the models take it: float32 (2, n) at 48 kHz, in [-1, 1].
 
     Mono is doubled; of more than two channels the first two are taken. Resampled (soxr HQ), cut at `max_seconds`,
@@ -197,7 +196,7 @@ def to_training_audio(
         loudness = integrated_loudness(wave[:, :length])
         gain = 1.0 if loudness is None else 10 ** ((loudness_lufs - loudness) / 20)
         np.clip(np.multiply(wave, np.float32(gain), out=wave), -1.0, 1.0, out=wave)
-    return torch.from_numpy(wave)
+    return wave
 
 
 def _resampled(channel: np.ndarray, sample_rate: int) -> Iterator[np.ndarray]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from safetensors.torch import load as load_safetensors
 
 from acestep_ray.storage import StoredFile
+
+if TYPE_CHECKING:
+    import torch
 
 # An embedding has a few kilobytes; a tensor that is a view of a larger one may have been saved with all of it.
 _MAX_BYTES = 64 << 20
@@ -26,6 +28,8 @@ def load_speaker_embedding(file: StoredFile | str | os.PathLike[str], dim: int) 
 
     Raises SpeakerEmbeddingError for any other content, and where the file cannot be read.
     """
+    import torch  # takes seconds, and most songs have no embedding
+
     stored = file if isinstance(file, StoredFile) else StoredFile.at(file)
     path = stored.url if isinstance(file, StoredFile) else os.fspath(file)
     readers = {".pt": _read_pt, ".npy": _read_npy, ".safetensors": _read_safetensors}
@@ -61,16 +65,22 @@ def load_speaker_embedding(file: StoredFile | str | os.PathLike[str], dim: int) 
 
 
 def _read_pt(content: bytes) -> object:
+    import torch
+
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _read_npy(content: bytes) -> torch.Tensor:
+    import torch
+
     values = np.load(io.BytesIO(content), allow_pickle=False)
     return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 
 def _read_safetensors(content: bytes) -> torch.Tensor:
-    tensors = load_safetensors(content)
+    from safetensors.torch import load
+
+    tensors = load(content)
     if len(tensors) != 1:
         raise ValueError(f"{len(tensors)} tensors, not one")
     return next(iter(tensors.values()))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC
 from torch import nn
 from torchaudio.transforms import Resample
 
@@ -20,6 +20,9 @@ from acestep_ray.models.mel import HOP_LENGTH, MEL_SAMPLE_RATE, LogMelSpectrogra
 from acestep_ray.models.resample import Resampler
 from acestep_ray.models.vocoder import Vocoder
 from acestep_ray.models.weights import build_on_meta, load_weights, read_json
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC
 
 SAMPLE_RATE = 48_000
 MEL_FRAMES_PER_LATENT = 8
@@ -71,6 +74,9 @@ class MusicCodec(nn.Module):
         encoder_dtype: torch.dtype = torch.float32,
     ) -> MusicCodec:
         """The codec of `music_dcae_f8c8/` and `music_vocoder/`, float32, frozen. Raises `InputError` if broken."""
+        # Seconds of imports that who loads no codec need not wait for.
+        from diffusers import AutoencoderDC
+
         directory = Path(autoencoder_directory)
         config = read_json(directory / "config.json")
         autoencoder = build_on_meta(lambda: AutoencoderDC.from_config(config), directory)

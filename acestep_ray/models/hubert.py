@@ -7,12 +7,16 @@ tanh form, 5e-4 off at most: less than what 16 bits round away.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import HubertModel
 
 from acestep_ray.models.kernels import layer_norm, wave_layer
+
+if TYPE_CHECKING:
+    from transformers import HubertModel
 
 
 class HubertFeatures(nn.Module):

@@ -8,16 +8,19 @@ that code is not run.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import HubertConfig, HubertModel
 
 from acestep_ray.errors import InputError
 from acestep_ray.models.hubert import HubertFeatures
 from acestep_ray.models.resample import Resampler
 from acestep_ray.models.weights import build_on_meta, load_weights, read_json
+
+if TYPE_CHECKING:
+    from transformers import HubertModel
 
 SAMPLE_RATE = 48_000
 SAMPLES_PER_FRAME = 320
@@ -65,6 +68,9 @@ class SSLEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> SSLEncoder:
         """The encoder `name` ("mert" or "m-hubert") from its folder, frozen. Raises `InputError` if broken."""
+        # Seconds of imports that who loads no SSL encoder need not wait for.
+        from transformers import HubertConfig, HubertModel
+
         directory = Path(directory)
         settings = read_json(directory / "config.json")
         for option in ("feature_extractor_cqt", "deepnorm"):

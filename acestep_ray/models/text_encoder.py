@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from acestep_ray.errors import InputError
 from acestep_ray.models.weights import FIX, build_on_meta, load_weights, read_json
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
 
 MAX_TOKENS = 256
 
@@ -35,6 +38,9 @@ class TextEncoder(nn.Module):
 
         `dtype` is float32 or bfloat16: UMT5 overflows float16.
         """
+        # Seconds of imports that who loads no text encoder need not wait for.
+        from transformers import UMT5Config, UMT5EncoderModel
+
         directory = Path(directory)
         settings = read_json(directory / "config.json")
         model = build_on_meta(lambda: UMT5EncoderModel(UMT5Config.from_dict(settings)), directory)

@@ -8,8 +8,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.cache.schema import FEATURE_GROUPS, INCOMING, MANIFEST
-from acestep_ray.cache.stages import Recipe, Settings
+from acestep_ray.cache.songs import Recipe, Settings
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.songs import SongTable
@@ -317,8 +318,8 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     """Run the loop on Ray Train's workers; returns the first worker's losses."""
     console = Console()
     trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"settings": settings, "say": console.say},
+        # Not as `train_loop_config`, which Ray Train's controller would unpickle too, seconds of imports for nothing.
+        partial(run_worker, settings, console.say),
         scaling_config=ScalingConfig(
             num_workers=settings.config.devices,
             use_gpu=use_gpu,
@@ -373,7 +374,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def run_worker(loop_config: dict) -> dict | AceStepError:
+def run_worker(settings: WorkerSettings, say: Callable[[str], None]) -> dict | AceStepError:
     """What Ray Train runs in each worker.
 
     Our own errors come back as a value, for starting again would not mend them; but not one that the other workers may
@@ -386,7 +387,7 @@ def run_worker(loop_config: dict) -> dict | AceStepError:
         device=ray.train.torch.get_device(),
     )
     try:
-        return train_worker(loop_config["settings"], place, report_to_ray, loop_config["say"])
+        return train_worker(settings, place, report_to_ray, say)
     except AceStepError as error:
         if place.workers > 1 and not isinstance(error, TrainingDivergedError):
             raise

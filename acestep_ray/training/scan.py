@@ -22,17 +22,9 @@ import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
+from acestep_ray.cache.decoding import decode_song, file_versions
 from acestep_ray.cache.schema import table_from_bytes, table_to_bytes
-from acestep_ray.cache.stages import (
-    DecodedSong,
-    Encoder,
-    FileVersions,
-    Recipe,
-    Reject,
-    Song,
-    decode_song,
-    file_versions,
-)
+from acestep_ray.cache.songs import DecodedSong, FileVersions, Recipe, Reject, Song, encode_lyrics
 from acestep_ray.cache.transport import decoded_table, plain_faults
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.errors import AceStepError, InputError
@@ -201,7 +193,7 @@ def _scan_song(
     with plain_faults(song.key):
         (outcome,) = decode_song(root, song, recipe, versions)
         if isinstance(outcome, DecodedSong):
-            (lyrics,) = Encoder(recipe, lyric_tokenizer=tokenizer).encode([outcome])
+            lyrics = encode_lyrics(outcome, tokenizer, recipe)
             return lyrics if isinstance(lyrics, Reject) else outcome
         return outcome
 

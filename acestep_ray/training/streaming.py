@@ -24,10 +24,11 @@ import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources
 
+from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.cache.reader import CacheReader, song_of_row
 from acestep_ray.cache.schema import CachedSong
-from acestep_ray.cache.stages import DecodedSong, Encoder, Recipe, Reject, build_row
+from acestep_ray.cache.songs import DecodedSong, Recipe, Reject, build_row
 from acestep_ray.cache.transport import read_decoded
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.errors import AceStepError

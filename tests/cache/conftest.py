@@ -11,7 +11,8 @@ import pytest
 import soundfile
 import torch
 
-from acestep_ray.cache.stages import DecodedSong, Encoder, Recipe, Settings, Song
+from acestep_ray.cache.encoding import Encoder
+from acestep_ray.cache.songs import DecodedSong, Recipe, Settings, Song
 from acestep_ray.data.lyrics import LyricTokenizer, build_tiny_vocabulary
 
 TEXT_DIM = 6

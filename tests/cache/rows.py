@@ -18,7 +18,7 @@ from acestep_ray.cache.parts import (
     store_rows,
 )
 from acestep_ray.cache.schema import FORMAT_VERSION, SAMPLE_SCHEMA
-from acestep_ray.cache.stages import Reject
+from acestep_ray.cache.songs import Reject
 from acestep_ray.storage import Store
 
 TEXT_DIM = 6

@@ -10,8 +10,10 @@ import pytest
 import ray
 
 from acestep_ray.cache import graph
+from acestep_ray.cache.attempts import Attempts
+from acestep_ray.cache.decoding import decode_song, file_versions
 from acestep_ray.cache.graph import estimate_seconds, group_by_length
-from acestep_ray.cache.stages import DecodedSong, Song, decode_song, file_versions
+from acestep_ray.cache.songs import DecodedSong, Song
 from acestep_ray.cache.transport import as_one_row, from_one_row, read_decoded
 from acestep_ray.storage import Store
 from tests.cache.conftest import RECIPE, SETTINGS, noise, song
@@ -67,7 +69,7 @@ def test_a_song_in_object_storage_is_estimated_without_reading_it(monkeypatch):
 
 @pytest.fixture(scope="module")
 def attempts(two_cpus):
-    return ray.remote(num_cpus=0)(graph._Attempts).remote()
+    return ray.remote(num_cpus=0)(Attempts).remote()
 
 
 def group_of(*songs: Song) -> pa.Table:

@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from acestep_ray.cache.decoding import file_versions
 from acestep_ray.cache.outcomes import Outcomes, check_complete, first_of_each, rejects_of, unchanged_songs
 from acestep_ray.cache.schema import LEDGER_SCHEMA, REJECT_SCHEMA
-from acestep_ray.cache.stages import Reject, Song, file_versions
+from acestep_ray.cache.songs import Reject, Song
 from acestep_ray.data.audio import audio_sha256
 from acestep_ray.errors import AceStepError
 from acestep_ray.storage import Store

@@ -21,13 +21,15 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from acestep_ray.cache import parts as parts_module
 from acestep_ray.cache import precompute as precompute_module
+from acestep_ray.cache.decoding import decode_song, file_versions
+from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.graph import EncoderPool
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.cache.precompute import PrecomputeSummary, choose_pools, make_recipe, precompute
 from acestep_ray.cache.progress import Progress
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import FEATURE_GROUPS
-from acestep_ray.cache.stages import Encoder, Recipe, Reject, Song, decode_song, file_versions
+from acestep_ray.cache.songs import Recipe, Reject, Song
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.models.checkpoint import CheckpointDir

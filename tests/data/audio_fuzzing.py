@@ -99,7 +99,7 @@ def decode(file: Path | StoredFile) -> str:
             assert samples.shape[1] <= length * audio.sample_rate + 1
             assert np.isfinite(samples).all()
             assert 0.0 <= silent_fraction(samples) <= 1.0
-            assert to_training_audio(samples, audio.sample_rate, 4.0).abs().max() <= 1.0
+            assert np.abs(to_training_audio(samples, audio.sample_rate, 4.0)).max() <= 1.0
             outcomes.append("samples")
         except AudioError as error:
             outcomes.append(error.reason.value)

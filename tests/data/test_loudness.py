@@ -59,23 +59,23 @@ def test_training_audio_is_brought_to_the_loudness_asked_for(rate, channels):
     rng = np.random.default_rng(0)
     samples = (0.02 * rng.standard_normal((channels, 10 * rate))).astype(np.float32)
     wave = to_training_audio(samples, rate, loudness_lufs=-16.0)
-    assert integrated_loudness(wave.numpy()) == pytest.approx(-16.0, abs=0.01)
+    assert integrated_loudness(wave) == pytest.approx(-16.0, abs=0.01)
     plain = to_training_audio(samples, rate)
-    gain = wave.norm() / plain.norm()
+    gain = np.linalg.norm(wave) / np.linalg.norm(plain)
     np.testing.assert_allclose(wave, plain * gain, atol=1e-5)
 
 
 def test_padding_does_not_count_for_the_loudness():
     wave = to_training_audio(tone(-30, 1.0), SAMPLE_RATE, loudness_lufs=-20.0)
-    assert integrated_loudness(wave[:, :SAMPLE_RATE].numpy()) == pytest.approx(-20.0, abs=0.01)
+    assert integrated_loudness(wave[:, :SAMPLE_RATE]) == pytest.approx(-20.0, abs=0.01)
     assert not wave[:, SAMPLE_RATE:].any()
 
 
 def test_what_gets_louder_than_full_scale_is_clipped_after_the_gain():
     wave = to_training_audio(tone(-20, 5), SAMPLE_RATE, loudness_lufs=6.0)
-    assert wave.abs().max() == 1.0
+    assert np.abs(wave).max() == 1.0
     loud = to_training_audio(4 * tone(0, 5), SAMPLE_RATE, loudness_lufs=-20.0)
-    assert loud.abs().max() == pytest.approx(0.1, rel=0.05)
+    assert np.abs(loud).max() == pytest.approx(0.1, rel=0.05)
 
 
 @pytest.mark.parametrize("samples", [np.zeros((2, 200_000), np.float32), tone(-10, 0.2)])

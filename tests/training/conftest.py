@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.parts import claim_output_dir, store_rows
-from acestep_ray.cache.stages import DecodedSong, Encoder, Recipe, Settings, Song
+from acestep_ray.cache.songs import DecodedSong, Recipe, Settings, Song
 from acestep_ray.data.audio import to_training_audio
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
@@ -71,6 +72,6 @@ def melody(key: str) -> DecodedSong:
         speaker_sha256=None,
         speaker_version=None,
         duration_seconds=seconds,
-        wave=audio.numpy(),
+        wave=audio,
         speaker=None,
     )

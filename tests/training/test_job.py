@@ -145,9 +145,9 @@ def test_an_error_that_one_worker_alone_may_meet_ends_the_others_too(monkeypatch
     monkeypatch.setattr(job, "train_worker", fail)
     if is_raised:
         with pytest.raises(AceStepError, match="a damaged song"):
-            run_worker({"settings": None, "say": print})
+            run_worker(None, print)
     else:
-        assert run_worker({"settings": None, "say": print}) is error
+        assert run_worker(None, print) is error
 
 
 def test_ray_trains_answer_to_ctrl_c_becomes_an_interrupt_and_its_handler_goes():

@@ -15,19 +15,12 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from acestep_ray.cache.decoding import decode_song, file_versions
+from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.parts import claim_output_dir, store_rows
 from acestep_ray.cache.precompute import check_settings, make_recipe
 from acestep_ray.cache.reader import CacheReader
-from acestep_ray.cache.stages import (
-    DecodedSong,
-    Encoder,
-    Recipe,
-    Reject,
-    Settings,
-    Song,
-    decode_song,
-    file_versions,
-)
+from acestep_ray.cache.songs import DecodedSong, Recipe, Reject, Settings, Song
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.lyrics import LyricTokenizer, LyricTokens
 from acestep_ray.data.schema import RejectReason

@@ -1,0 +1,221 @@
+"""A song's files → windows of training audio, or a reject that says why there are none. Plain Python, no Ray, no torch.
+
+A fault that is not the song's is raised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from acestep_ray.cache.schema import hash_of
+from acestep_ray.cache.songs import (
+    MAX_SILENT_FRACTION,
+    DecodedSong,
+    FileVersions,
+    Recipe,
+    Reject,
+    Song,
+    first_line,
+)
+from acestep_ray.data.audio import (
+    MIN_SECONDS,
+    AudioError,
+    AudioFile,
+    audio_sha256,
+    silent_fraction,
+    to_training_audio,
+)
+from acestep_ray.data.schema import RejectReason, locate_file
+from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
+from acestep_ray.errors import InputError
+from acestep_ray.storage import Store
+
+_NO_FILE = "missing"
+
+
+def file_versions(root: Store, song: Song) -> FileVersions:
+    """Versions of the song's files now; a file that is not there, or cannot be, has one too."""
+    return FileVersions(
+        _version(root, song.filename), _version(root, song.speaker_path) if song.speaker_path else None
+    )
+
+
+def _version(root: Store, filename: str) -> str:
+    try:
+        status = locate_file(root, filename).status()
+    except (InputError, OSError):
+        return _NO_FILE  # decoding says what is wrong
+    return _NO_FILE if status is None else status.version
+
+
+def rows_are_current(
+    root: Store, song: Song, before: FileVersions, audio_hash: str, speaker_hash: str | None
+) -> bool:
+    """Whether the song's files still hold the bytes with these SHA-256 sums; no speaker embedding, no sum.
+
+    Files whose version is still the same are not read.
+    """
+    if bool(song.speaker_path) != (speaker_hash is not None):
+        return False
+    now = file_versions(root, song)
+    try:
+        if now.audio != before.audio and audio_sha256(locate_file(root, song.filename)) != audio_hash:
+            return False
+        return now.speaker == before.speaker or _speaker_sha256(root, song) == speaker_hash
+    except (AudioError, InputError, OSError):
+        return False  # decoding will say why
+
+
+def _speaker_sha256(root: Store, song: Song) -> str:
+    return hashlib.sha256(locate_file(root, song.speaker_path).read_bytes()).hexdigest()
+
+
+def decode_song(
+    root: Store, song: Song, recipe: Recipe, versions: FileVersions
+) -> Iterator[DecodedSong | Reject]:
+    """Read a song's files, relative to `root`: its windows, or why there are none, one after another."""
+    yield from _Decoder(root, song, recipe, versions).windows()
+
+
+class _Decoder:
+    """One song on its way from its files to windows of training audio."""
+
+    def __init__(self, root: Store, song: Song, recipe: Recipe, versions: FileVersions):
+        self.root, self.song, self.versions = root, song, versions
+        self.settings = recipe.settings
+        self.fingerprint = recipe.reject_fingerprint(song, versions)
+        self.audio_hash = ""
+        self.speaker: np.ndarray | None = None
+        self.speaker_hash: str | None = None
+
+    def windows(self) -> Iterator[DecodedSong | Reject]:
+        if self.song.problem:
+            yield self.reject(RejectReason.BAD_TEXT, self.song.problem)
+            return
+        try:
+            file = locate_file(self.root, self.song.filename)
+        except InputError as error:
+            yield self.reject(RejectReason.BAD_PATH, first_line(error))
+            return
+        number = 0
+        try:
+            with AudioFile(file) as audio:
+                self.audio_hash = audio.sha256()
+                problem = self._read_speaker()
+                if problem is not None:
+                    yield problem
+                    return
+                for number, start, samples, is_last in self._samples(audio):
+                    yield self._window(audio, number, start, samples, is_last)
+        except AudioError as error:
+            yield self.reject(error.reason, str(error), window=number)
+
+    def reject(self, reason: RejectReason, message: str, window: int = 0, is_last: bool = True) -> Reject:
+        return Reject(
+            key=self._key(window),
+            filename=self.song.filename,
+            stage=reason.stage,
+            reason=reason.value,
+            message=message,
+            song_key=self.song.key,
+            window=window,
+            is_last_window=is_last,
+            fingerprint=self.fingerprint,
+            audio_version=self.versions.audio,
+        )
+
+    def _key(self, window: int) -> str:
+        return f"{self.song.key}#{window}" if self.settings.window == "all" else self.song.key
+
+    def _read_speaker(self) -> Reject | None:
+        if not self.song.speaker_path:
+            return None
+        try:
+            file = locate_file(self.root, self.song.speaker_path)
+            self.speaker = load_speaker_embedding(file, self.settings.speaker_dim)
+            self.speaker_hash = _speaker_sha256(self.root, self.song)
+        except (InputError, SpeakerEmbeddingError, OSError) as error:
+            return self.reject(RejectReason.BAD_SPEAKER, first_line(error))
+        return None
+
+    def _samples(self, audio: AudioFile) -> Iterator[tuple[int, float, np.ndarray, bool]]:
+        """Number, start in seconds, samples (channels, n) of each window, and whether it is the last."""
+        length = self.settings.window_seconds
+        if self.settings.window == "all":
+            yield from _consecutive_windows(audio, length)
+        elif self.settings.window == "first":
+            yield 0, 0.0, audio.read(0.0, length), True
+        else:
+            start = random_start(audio, length, self.settings.seed, self.song.key)
+            samples = audio.read(start, length)
+            if samples.shape[1] == 0:
+                raise AudioError(
+                    RejectReason.CORRUPT,
+                    f"no audio at {start:.1f} s, where its header promises some: {self.song.filename}",
+                )
+            yield 0, start, samples, True
+
+    def _window(
+        self, audio: AudioFile, number: int, start: float, samples: np.ndarray, is_last: bool
+    ) -> DecodedSong | Reject:
+        length = self.settings.window_seconds
+        silent = silent_fraction(samples[:2])  # training takes the first two channels
+        if silent > MAX_SILENT_FRACTION:
+            return self.reject(
+                RejectReason.SILENT,
+                f"{silent:.1%} of the audio is silence: {self.song.filename}",
+                window=number,
+                is_last=is_last,
+            )
+        wave = to_training_audio(samples, audio.sample_rate, length, self.settings.loudness_lufs)
+        return DecodedSong(
+            song=self.song,
+            key=self._key(number),
+            window=number,
+            is_last_window=is_last,
+            start_seconds=start,
+            audio_sha256=self.audio_hash,
+            audio_version=self.versions.audio,
+            speaker_sha256=self.speaker_hash,
+            speaker_version=self.versions.speaker,
+            duration_seconds=min(samples.shape[1] / audio.sample_rate, length),
+            wave=wave,
+            speaker=self.speaker,
+        )
+
+
+def _consecutive_windows(audio: AudioFile, length: float) -> Iterator[tuple[int, float, np.ndarray, bool]]:
+    """Windows without gaps from the start on. What is left at the end is dropped if it is under `MIN_SECONDS`."""
+    number, samples = 0, audio.read(0.0, length)
+    while True:
+        following = None
+        if samples.shape[1] >= int(length * audio.sample_rate):
+            following = _read_if_there(audio, (number + 1) * length, length)
+        yield number, number * length, samples, following is None
+        if following is None:
+            return
+        number, samples = number + 1, following
+
+
+def _read_if_there(audio: AudioFile, start: float, length: float) -> np.ndarray | None:
+    """A window past the first; None where the audio has ended, whatever the header says."""
+    try:
+        samples = audio.read(start, length)
+    except AudioError as error:
+        if error.reason is RejectReason.CORRUPT:
+            return None
+        raise
+    return samples if samples.shape[1] >= MIN_SECONDS * audio.sample_rate else None
+
+
+def random_start(audio: AudioFile, length: float, seed: int, key: str) -> float:
+    """Where the song's window begins, in seconds: a function of the seed, the key and the song's length."""
+    seconds = audio.duration_seconds
+    if seconds is None:
+        windows = _consecutive_windows(audio, length)
+        seconds = sum(samples.shape[1] for _, _, samples, _ in windows) / audio.sample_rate
+    share = int(hash_of("window", seed, key)[:12], 16) / 16**12
+    return share * max(0.0, seconds - length)
