@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 SONGS  ?=
 OUT    ?= ./quickstart
 BENCH  ?= --device cuda
+# Each starts a Ray cluster of two CPUs of its own.
+TEST_PROCESSES ?= 2
 
 # Where the released lyric vocabulary is at hand, the tests that need it run too.
 ACESTEP_LYRIC_VOCAB ?= $(abspath $(wildcard ../shared/data/lyric_vocab.json))
@@ -25,7 +27,7 @@ quickstart: venv
 	$(BIN)/acestep-ray quickstart --output_dir '$(OUT)' $(if $(SONGS),--songs '$(SONGS)')
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .

@@ -88,6 +88,21 @@ def worker_processes(name: str) -> list[int]:
     return found
 
 
+def run_and_kill(config: PrecomputeConfig, address: str, moment: Callable[[], bool]) -> None:
+    """Run the job in a process of its own, and kill that when the moment has come."""
+    code = (
+        "from acestep_ray.cache.precompute import precompute\n"
+        "from acestep_ray.config import PrecomputeConfig\n"
+        f"precompute(PrecomputeConfig(**{vars(config)!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RAY_ADDRESS": address})
+    try:
+        wait_until(moment, lambda: process.poll() is not None)
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("stage", ["_Encode", "_decode"])
 def test_a_worker_that_is_killed_costs_no_song(two_cpus, config, expected_latents, stage):
@@ -121,20 +136,7 @@ def test_a_worker_that_is_killed_costs_no_song(two_cpus, config, expected_latent
 )
 def test_a_driver_that_is_killed_goes_on_from_there(two_cpus, config, expected_latents, moment):
     torch.set_num_threads(1)
-    values = {
-        name: getattr(config, name) for name in ("dataset_path", "checkpoint_dir", "output_dir", "features")
-    }
-    code = (
-        "from acestep_ray.cache.precompute import precompute\n"
-        "from acestep_ray.config import PrecomputeConfig\n"
-        f"precompute(PrecomputeConfig(**{values!r}, device='cpu'))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RAY_ADDRESS": two_cpus})
-    try:
-        wait_until(lambda: moment(Path(config.output_dir)), lambda: process.poll() is not None)
-    finally:
-        process.kill()
-        process.wait()
+    run_and_kill(config, two_cpus, lambda: moment(Path(config.output_dir)))
     stored = stored_parts(config) + len(list(Path(config.output_dir).glob("samples/*")))
     with pytest.raises(InputError, match=r"not complete|not a feature cache"):
         CacheIndex.open(config.output_dir)
@@ -150,17 +152,7 @@ def test_a_killed_run_leaves_the_cache_that_was_there(two_cpus, config, song_fol
     before = CacheIndex.open(config.output_dir)
     song_folder.add("song0", noise(4.0, seed=77))
     song_folder.write()
-    code = (
-        "from acestep_ray.cache.precompute import precompute\n"
-        "from acestep_ray.config import PrecomputeConfig\n"
-        f"precompute(PrecomputeConfig(**{vars(config)!r}))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "RAY_ADDRESS": two_cpus})
-    try:
-        wait_until(lambda: stored_parts(config) > 0, lambda: process.poll() is not None)
-    finally:
-        process.kill()
-        process.wait()
+    run_and_kill(config, two_cpus, lambda: stored_parts(config) > 0)
     assert CacheIndex.open(config.output_dir).fingerprint == before.fingerprint
     summary = precompute(config)
     assert (summary.computed, summary.unchanged) == (0, SONGS)

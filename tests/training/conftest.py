@@ -11,10 +11,13 @@ import torch
 from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.parts import claim_output_dir, store_rows
 from acestep_ray.cache.songs import DecodedSong, Recipe, Settings, Song
+from acestep_ray.config import TrainConfig
 from acestep_ray.data.audio import to_training_audio
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
+from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.worker import WorkerPlace, WorkerSettings, train_worker
 from tests.cache.rows import finish
 
 SECONDS = {"alpha": 4.0, "beta": 3.0, "gamma": 6.5}
@@ -50,6 +53,29 @@ def write_tiny_cache(checkpoint, tmp_path_factory):
 def tiny_cache(write_tiny_cache) -> Path:
     """All three songs."""
     return write_tiny_cache(*SECONDS)
+
+
+class Killed(Exception):
+    """Stands for the end of the worker's process."""
+
+
+def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettings:
+    """Settings of a run whose files are under `directory`, without MLflow."""
+    values = {
+        "lora": {**DEFAULT_LORA, "r": 4, "lora_alpha": 8},
+        "checkpoints": directory / "checkpoints",
+        "samples": directory / "samples",
+        "log_dir": directory / "logs",
+        "mlflow_run": None,
+        "total_steps": config.max_steps,
+    }
+    return WorkerSettings(config=config, **{**values, **changes})
+
+
+def train_alone(settings: WorkerSettings, report=lambda metrics, path: None) -> dict:
+    """The loop as the only worker, in this process and without Ray."""
+    alone = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
+    return train_worker(settings, alone, report, say=lambda line: None)
 
 
 def melody(key: str) -> DecodedSong:

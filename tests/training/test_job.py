@@ -17,8 +17,10 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.training import job
 from acestep_ray.training.job import interruptible, reserved_by_worker, run_worker, train
-from acestep_ray.training.state import WEIGHTS_FILE
+from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
 from acestep_ray.training.worker import TrainingDivergedError, WorkerSettings
+from tests.training.conftest import settings_in, train_alone
 
 
 @pytest.fixture
@@ -51,14 +53,17 @@ def statuses(summary):
 
 
 @pytest.mark.ray
-def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, config):
-    alone = train(replace(config, accumulate_grad_batches=2))
+def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, config, tmp_path):
     together = train(replace(config, exp_name="two", devices=2))
-    assert together.first_loss == pytest.approx(alone.first_loss, rel=1e-5)
-    expected, found = (load_file(run.lora.parent / WEIGHTS_FILE) for run in (alone, together))
+    one = replace(config, accumulate_grad_batches=2)
+    settings = settings_in(tmp_path, one, lora=read_lora_config(config.lora_config_path))
+    alone = train_alone(settings)
+    assert together.first_loss == pytest.approx(alone["first"], rel=1e-5)
+    expected = load_file(latest_checkpoint(settings.checkpoints) / WEIGHTS_FILE)
+    found = load_file(together.lora.parent / WEIGHTS_FILE)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
-    assert statuses(together) == {"one": "FINISHED", "two": "FINISHED"}
+    assert statuses(together) == {"two": "FINISHED"}
 
     again = train(replace(config, exp_name="two", devices=2))
     assert again.finished_before

@@ -35,8 +35,9 @@ from acestep_ray.training.sampler import MicroBatch
 from acestep_ray.training.scan import SCAN_SCHEMA, read_songs, scan, scan_songs
 from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
 from acestep_ray.training.streaming import CacheSource, SongLostError, StreamSource
-from acestep_ray.training.worker import WorkerPlace, WorkerSettings, build_plan, train_worker
+from acestep_ray.training.worker import build_plan
 from tests.cache.rows import finish
+from tests.training.conftest import Killed, settings_in, train_alone
 
 SECONDS = {"delta": 3.2, "alpha": 4.0, "gamma": 3.0, "beta": 5.5}
 BROKEN = {"broken": "unsupported", "wordless": "bad_lyrics"}
@@ -278,39 +279,20 @@ def test_several_songs_are_decoded_at_a_time_and_a_slow_one_keeps_its_place(two_
     assert any(start < end for start, end in zip(starts[1:], ends, strict=False))
 
 
-def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettings:
-    return WorkerSettings(
-        config=config,
-        lora={**DEFAULT_LORA, "r": 4, "lora_alpha": 8, "lora_dropout": 0.2},
-        checkpoints=directory / "checkpoints",
-        samples=directory / "samples",
-        log_dir=directory / "logs",
-        mlflow_run=None,
-        total_steps=config.max_steps,
-        **changes,
-    )
-
-
-class Killed(Exception):
-    """Stands for the end of the worker's process."""
-
-
 @pytest.mark.ray
 def test_a_streamed_run_is_the_cached_run_also_when_it_is_killed_and_goes_on(cache, stream, config, tmp_path):
-    def run(settings, report=lambda metrics, path: None):
-        alone = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
-        return train_worker(settings, alone, report, say=lambda line: None)
-
     def kill(metrics, path):
         raise Killed
 
-    cached = settings_in(tmp_path / "cached", replace(config, dataset_path=cache))
-    expected = run(cached)
-    streamed = settings_in(tmp_path / "streamed", config, stream=stream)
+    # With dropout, whose random numbers are a state that has to come back too.
+    lora = {**DEFAULT_LORA, "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
+    cached = settings_in(tmp_path / "cached", replace(config, dataset_path=cache), lora=lora)
+    expected = train_alone(cached)
+    streamed = settings_in(tmp_path / "streamed", config, lora=lora, stream=stream)
     with pytest.raises(Killed):
-        run(streamed, kill)
+        train_alone(streamed, kill)
     assert latest_checkpoint(streamed.checkpoints).name == "step=3"
-    assert run(streamed) == expected
+    assert train_alone(streamed) == expected
     assert_same(*(load_file(latest_checkpoint(s.checkpoints) / WEIGHTS_FILE) for s in (streamed, cached)))
 
 
@@ -323,10 +305,8 @@ def test_two_workers_on_two_cpus_stream_what_one_trains_on(cache, config, tmp_pa
     assert "klingon" in said
 
     one = replace(config, dataset_path=cache, accumulate_grad_batches=2)
-    settings = replace(settings_in(tmp_path, one), lora=read_lora_config(config.lora_config_path))
-    alone = train_worker(
-        settings, WorkerPlace(0, 1, torch.device("cpu")), lambda *_: None, say=lambda line: None
-    )
+    settings = settings_in(tmp_path, one, lora=read_lora_config(config.lora_config_path))
+    alone = train_alone(settings)
     assert streamed.steps == 6
     assert streamed.first_loss == pytest.approx(alone["first"], rel=1e-5)
     assert streamed.last_loss == pytest.approx(alone["last"], rel=1e-5)

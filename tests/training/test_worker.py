@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import soundfile
@@ -13,15 +12,9 @@ from safetensors.torch import load_file
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.export.lora import LORA_FILE
-from acestep_ray.training.lora import DEFAULT_LORA
 from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
-from acestep_ray.training.worker import TrainingDivergedError, WorkerPlace, WorkerSettings, train_worker
-
-ALONE = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
-
-
-class Killed(Exception):
-    """Stands for the end of the worker's process."""
+from acestep_ray.training.worker import TrainingDivergedError
+from tests.training.conftest import Killed, settings_in, train_alone
 
 
 @pytest.fixture
@@ -41,22 +34,6 @@ def settings(checkpoint, tiny_cache, tmp_path):
     return settings_in(tmp_path / "run", config)
 
 
-def settings_in(directory: Path, config: TrainConfig) -> WorkerSettings:
-    return WorkerSettings(
-        config=config,
-        lora={**DEFAULT_LORA, "r": 4, "lora_alpha": 8},
-        checkpoints=directory / "checkpoints",
-        samples=directory / "samples",
-        log_dir=directory / "logs",
-        mlflow_run=None,
-        total_steps=config.max_steps,
-    )
-
-
-def run(settings, report=lambda metrics, path: None):
-    return train_worker(settings, ALONE, report, say=lambda line: None)
-
-
 def weights(settings):
     return load_file(latest_checkpoint(settings.checkpoints) / WEIGHTS_FILE)
 
@@ -69,7 +46,7 @@ def test_two_hundred_steps_on_one_song_lower_its_fixed_noise_loss(settings, writ
         batch_size=1,
         every_n_train_steps=200,
     )
-    losses = run(replace(settings, config=config, total_steps=200))
+    losses = train_alone(replace(settings, config=config, total_steps=200))
     before, after = losses["fixed_noise"]["0"], losses["fixed_noise"]["200"]
     assert after < 0.7 * before
 
@@ -84,12 +61,12 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(settings, tmp_path,
             raise Killed
 
     with pytest.raises(Killed):
-        run(settings, kill)
+        train_alone(settings, kill)
     assert latest_checkpoint(settings.checkpoints).name == f"step={killed_at}"
-    resumed = run(settings)
+    resumed = train_alone(settings)
 
     unbroken = replace(settings_in(tmp_path / "unbroken", settings.config), lora=lora)
-    expected = run(unbroken)
+    expected = train_alone(unbroken)
     assert resumed["last"] == expected["last"]
     assert resumed["first"] == expected["first"]
     for name, value in weights(unbroken).items():
@@ -101,7 +78,7 @@ def test_accumulated_micro_batches_are_one_batch(settings, tmp_path):
     one_batch = replace(settings.config, batch_size=3, max_steps=2, every_n_train_steps=2)
     many = replace(one_batch, batch_size=1, accumulate_grad_batches=3)
     first, second = settings_in(tmp_path / "one", one_batch), settings_in(tmp_path / "many", many)
-    assert run(first)["first"] == pytest.approx(run(second)["first"], rel=1e-5)
+    assert train_alone(first)["first"] == pytest.approx(train_alone(second)["first"], rel=1e-5)
     for name, value in weights(first).items():
         torch.testing.assert_close(weights(second)[name], value, rtol=1e-3, atol=1e-5)
 
@@ -109,7 +86,7 @@ def test_accumulated_micro_batches_are_one_batch(settings, tmp_path):
 def test_it_reports_and_saves_at_its_pace_and_at_the_end(settings):
     reported = []
     config = replace(settings.config, max_steps=5)
-    run(
+    train_alone(
         replace(settings, config=config, total_steps=5),
         lambda metrics, path: reported.append((metrics["step"], path)),
     )
@@ -125,8 +102,8 @@ def test_every_step_is_in_tensorboard_once_also_after_a_resume(settings):
             raise Killed
 
     with pytest.raises(Killed):
-        run(settings, kill)
-    run(settings)
+        train_alone(settings, kill)
+    train_alone(settings)
     events = EventAccumulator(str(settings.log_dir)).Reload()
     for name in ("loss", "loss/denoising", "loss/mert", "loss/m-hubert", "grad_norm", "learning_rate"):
         assert [event.step for event in events.Scalars(name)] == list(range(6)), name
@@ -134,7 +111,7 @@ def test_every_step_is_in_tensorboard_once_also_after_a_resume(settings):
 
 
 def test_it_leaves_a_sample_that_plays(settings):
-    run(settings)
+    train_alone(settings)
     (sample,) = settings.samples.rglob("*.wav")
     samples, rate = soundfile.read(sample)
     assert sample.parent.name == "step=6"
@@ -145,7 +122,7 @@ def test_it_leaves_a_sample_that_plays(settings):
 
 
 def test_state_is_plain_json_with_the_step(settings):
-    run(settings)
+    train_alone(settings)
     state = json.loads((latest_checkpoint(settings.checkpoints) / "state.json").read_text())
     assert state["step"] == 6
     assert set(state["losses"]["fixed_noise"]) == {"0", "6"}
@@ -156,4 +133,4 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(settings):
         settings.config, learning_rate=1e30, warmup_steps=0, gradient_clip_val=1e30, max_steps=60
     )
     with pytest.raises(TrainingDivergedError, match="--learning_rate"):
-        run(replace(settings, config=config, total_steps=60))
+        train_alone(replace(settings, config=config, total_steps=60))
