@@ -8,6 +8,7 @@ OUT    ?= ./quickstart
 BENCH  ?= --device cuda
 # Each starts a Ray cluster of two CPUs of its own.
 TEST_PROCESSES ?= 2
+test: export OMP_NUM_THREADS = 1
 
 # Where the released lyric vocabulary is at hand, the tests that need it run too.
 ACESTEP_LYRIC_VOCAB ?= $(abspath $(wildcard ../shared/data/lyric_vocab.json))
@@ -27,7 +28,7 @@ quickstart: venv
 	$(BIN)/acestep-ray quickstart --output_dir '$(OUT)' $(if $(SONGS),--songs '$(SONGS)')
 
 test: venv
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .
