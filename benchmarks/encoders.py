@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
+from released_sizes import AUTOENCODER, HUBERT, UMT5
 from torch import Tensor, nn
 from torchaudio.transforms import Resample
 from transformers import HubertConfig, HubertModel, UMT5Config, UMT5EncoderModel
@@ -38,35 +39,6 @@ from acestep_ray.models.text_encoder import TextEncoder
 from acestep_ray.tiny_checkpoint import AUTOENCODER_CONFIG, SSL_CONFIGS
 
 ORIGINAL_MS = {"codec": 124, "ssl": 126}
-AUTOENCODER = {
-    **AUTOENCODER_CONFIG,
-    "attention_head_dim": 32,
-    "encoder_block_out_channels": [128, 256, 512, 1024],
-    "decoder_block_out_channels": [128, 256, 512, 1024],
-    "encoder_layers_per_block": [2, 2, 3, 3],
-    "decoder_layers_per_block": [3, 3, 3, 3],
-    "encoder_out_shortcut": True,
-}
-HUBERT = {
-    "mert": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "feat_extract_norm": "layer",
-        "do_stable_layer_norm": True,
-        "conv_bias": True,
-    },
-    "m-hubert": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "feat_extract_norm": "group",
-        "do_stable_layer_norm": False,
-        "conv_bias": False,
-    },
-}
 # Bounds of the relative (Frobenius) error against float32, by dtype of what is stored.
 BOUNDS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 WORKLOADS = {
@@ -544,14 +516,7 @@ def time_text(report: Report, tiny: bool) -> None:
     """5 prompts of 40 tokens for each of 8 songs."""
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 600}
     if not tiny:
-        sizes = {
-            "d_model": 768,
-            "d_kv": 64,
-            "d_ff": 2048,
-            "num_layers": 12,
-            "num_heads": 12,
-            "vocab_size": 256_384,
-        }
+        sizes = UMT5
     config = UMT5Config(**sizes)
     torch.manual_seed(2)
     with report.device:

@@ -34,6 +34,7 @@ import soundfile
 import soxr
 import torch
 from ray.data import DataContext
+from released_sizes import AUTOENCODER, HUBERT, UMT5
 
 from acestep_ray.cache.graph import Graph
 from acestep_ray.cache.precompute import choose_pools, make_recipe, precompute
@@ -231,8 +232,8 @@ def write_released_sizes(directory: Path) -> CheckpointDir:
     released = {
         "music_dcae_f8c8": (AutoencoderDC, AUTOENCODER, "diffusion_pytorch_model.safetensors"),
         "umt5-base": (UMT5EncoderModel, UMT5, "model.safetensors"),
-        "mert": (HubertModel, MERT, "model.safetensors"),
-        "mhubert": (HubertModel, MHUBERT, "model.safetensors"),
+        "mert": (HubertModel, HUBERT["mert"], "model.safetensors"),
+        "mhubert": (HubertModel, HUBERT["m-hubert"], "model.safetensors"),
     }
     configs = {UMT5EncoderModel: UMT5Config, HubertModel: HubertConfig}
     torch.manual_seed(0)
@@ -259,37 +260,6 @@ def _with_widths(directory: Path, config: dict) -> CheckpointDir:
     save_file(transformer.state_dict(), folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return CheckpointDir.open(directory)
-
-
-AUTOENCODER = {
-    "in_channels": 2,
-    "latent_channels": 8,
-    "attention_head_dim": 32,
-    "encoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"],
-    "decoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"],
-    "encoder_block_out_channels": [128, 256, 512, 1024],
-    "decoder_block_out_channels": [128, 256, 512, 1024],
-    "encoder_layers_per_block": [2, 2, 3, 3],
-    "decoder_layers_per_block": [3, 3, 3, 3],
-    "encoder_qkv_multiscales": [[], [], [5], [5]],
-    "decoder_qkv_multiscales": [[], [], [5], [5]],
-    "upsample_block_type": "interpolate",
-    "downsample_block_type": "Conv",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "scaling_factor": 0.41407,
-}
-UMT5 = {"vocab_size": 256_384, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12}
-MERT = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "feat_extract_norm": "layer",
-    "do_stable_layer_norm": True,
-    "conv_bias": True,
-}
-MHUBERT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ _SECONDS_PER_PASS = {"cpu": 60, "cuda": 480}
 class SSLEncoder(nn.Module):
     """Frozen features of songs: the last hidden state, chunk by chunk.
 
-    `chunks_per_pass` bounds the memory of a pass; a pass that finds too little halves it for good.
+    `chunks_per_pass` bounds the memory of a pass, None as suits the device; a pass that finds too little halves it for
+    good.
     """
 
     def __init__(
@@ -55,8 +56,7 @@ class SSLEncoder(nn.Module):
         """Width of the features."""
         self.resample = Resampler(SAMPLE_RATE, sample_rate)
         self.hubert = HubertFeatures(model, dtype)
-        kind = model.device.type
-        self.chunks_per_pass = chunks_per_pass or max(1, _SECONDS_PER_PASS.get(kind, 60) // chunk_seconds)
+        self.chunks_per_pass = chunks_per_pass
 
     @classmethod
     def from_pretrained(
@@ -139,6 +139,8 @@ class SSLEncoder(nn.Module):
         """Chunks (N, samples) → hidden states (N, frames, dim), a pass at a time."""
         hidden: list[torch.Tensor] = []
         done = 0
+        if self.chunks_per_pass is None:  # the encoder may have been moved since it was made
+            self.chunks_per_pass = _SECONDS_PER_PASS[chunks.device.type] // self.chunk_seconds
         while done < len(chunks):
             batch = chunks[done : done + self.chunks_per_pass]
             try:
