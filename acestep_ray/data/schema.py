@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
-from datasets import Features, List, Value
 
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store, StoredFile, is_url
+
+if TYPE_CHECKING:
+    import datasets
 
 REQUIRED_COLUMNS = ("keys", "filename")
 
@@ -70,12 +71,15 @@ class RejectReason(str, Enum):
         return self.value
 
 
-def dataset_features(recaption_names: Iterable[str] = (), *, language: bool = False) -> Features:
+def dataset_features(recaption_names: Iterable[str] = (), *, language: bool = False) -> datasets.Features:
     """Columns of a dataset. `recaption` is a struct with one nullable string for every name in use.
 
     A row reads as a plain dict, with None for the recaptions it lacks, as in a dataset made with
     `Dataset.from_list`. Without any name the struct has the single field `simplified`.
     """
+    # Imported here and below: processes that decode know the reasons of rejects from this module, and need no datasets.
+    from datasets import Features, List, Value
+
     names = sorted(set(recaption_names)) or [FALLBACK_RECAPTION]
     columns: dict[str, Any] = {
         "keys": Value("string"),
@@ -219,6 +223,8 @@ def _copy_split(store: Store, split: str, target: Path) -> None:
 
 
 def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
+    import datasets
+
     if not os.path.isdir(directory):
         what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise InputError(
