@@ -271,14 +271,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--sections", default="decode,pipeline,memory", help="with commas between them")
     parser.add_argument("--songs", type=int, help="songs of each run; the default suits the device")
-    parser.add_argument("--seconds", type=float, default=240.0, help="length of every song")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and 10 s songs, to try the script")
+    parser.add_argument("--seconds", type=float, help="length of every song, 240 or, with --tiny, 10")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
+    parser.add_argument(
+        "--object_store_gb", type=float, help="size of Ray's object store; the default is Ray's"
+    )
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
-    seconds = 10.0 if arguments.tiny else arguments.seconds
+    seconds = arguments.seconds or (10.0 if arguments.tiny else 240.0)
     cores = os.cpu_count()
     work = Path(tempfile.mkdtemp(prefix="precompute-benchmark-"))
-    ray.init(address="local", include_dashboard=False, logging_level="error", log_to_driver=False)
+    store = arguments.object_store_gb
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        logging_level="error",
+        log_to_driver=False,
+        object_store_memory=None if store is None else int(store * 1e9),
+    )
     results: dict = {
         "host": f"{cores} cores, {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}",
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor(),

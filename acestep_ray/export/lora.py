@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from acestep_ray.errors import InputError
@@ -35,8 +35,8 @@ def lora_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
 
 
-def write_lora(directory: Path, model: nn.Module, adapter: str) -> Path:
-    """Write the adapter as `pytorch_lora_weights.safetensors` into `directory`; returns the file."""
+def lora_bytes(model: nn.Module, adapter: str) -> bytes:
+    """The adapter as a `pytorch_lora_weights.safetensors` file."""
     layers = lora_layers(model)
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -53,10 +53,15 @@ def write_lora(directory: Path, model: nn.Module, adapter: str) -> Path:
         "rank_pattern": others,
         "alpha_pattern": others,
     }
-    path = directory / LORA_FILE
-    save_file(
-        lora_state(model, adapter), path, {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
+    return save(
+        lora_state(model, adapter), {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
     )
+
+
+def write_lora(directory: Path, model: nn.Module, adapter: str) -> Path:
+    """Write the adapter as `pytorch_lora_weights.safetensors` into `directory`; returns the file."""
+    path = directory / LORA_FILE
+    path.write_bytes(lora_bytes(model, adapter))
     return path
 
 

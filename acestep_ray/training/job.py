@@ -39,7 +39,7 @@ from acestep_ray.storage import Store
 from acestep_ray.tracking import end_mlflow_run, mlflow_uri, start_mlflow_run
 from acestep_ray.training.lora import add_lora, read_lora_config
 from acestep_ray.training.scan import read_songs, scan
-from acestep_ray.training.state import latest_checkpoint
+from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.streaming import Stream
 from acestep_ray.training.worker import (
     TrainingDivergedError,
@@ -65,7 +65,7 @@ LIMITS = (
     ),
     (("learning_rate", "gradient_clip_val", "shift"), lambda value: value > 0, "above 0"),
     (
-        ("weight_decay", "ssl_coeff", "warmup_steps", "num_workers", "seed"),
+        ("weight_decay", "ssl_coeff", "warmup_steps", "num_workers", "seed", "keep_last"),
         lambda value: value >= 0,
         "0 or more",
     ),
@@ -139,7 +139,7 @@ def train(config: TrainConfig) -> TrainSummary:
     settings = WorkerSettings(
         config=config,
         lora=lora,
-        checkpoints=experiment / "checkpoints",
+        checkpoints=Store.at(experiment / "checkpoints"),
         samples=experiment / "samples",
         log_dir=Path(config.logger_dir).resolve() / config.exp_name,
         mlflow_run=None,
@@ -148,13 +148,12 @@ def train(config: TrainConfig) -> TrainSummary:
     )
     done = finished_losses(settings)
     losses = done or run_workers(prepare_experiment(experiment, settings, tracking_uri), use_gpu)
-    latest = latest_checkpoint(settings.checkpoints)
     return TrainSummary(
         steps=losses["step"],
         first_loss=losses["first"],
         last_loss=losses["last"],
         fixed_noise=losses["fixed_noise"],
-        lora=latest / LORA_FILE,
+        lora=Checkpoints(settings.checkpoints).folder(losses["step"]).path / LORA_FILE,
         samples=sorted(settings.samples.rglob("*.wav"), key=lambda path: path.stat().st_mtime),
         experiment=experiment,
         tracking_uri=tracking_uri,
@@ -287,11 +286,8 @@ def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: Train
 
 def finished_losses(settings: WorkerSettings) -> dict | None:
     """The losses of a run that has done all its steps; None for one that has not."""
-    latest = latest_checkpoint(settings.checkpoints)
-    if latest is None:
-        return None
-    state = json.loads((latest / "state.json").read_text(encoding="utf-8"))
-    if state["step"] < settings.total_steps:
+    state = Checkpoints(settings.checkpoints).latest_state()
+    if state is None or state["step"] < settings.total_steps:
         return None
     return {"step": state["step"], **state["losses"]}
 
@@ -327,8 +323,8 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
         ),
         run_config=RunConfig(
             # Ray keeps its book of checkpoints in the folder where we write them.
-            storage_path=str(settings.checkpoints.parent),
-            name=settings.checkpoints.name,
+            storage_path=str(settings.checkpoints.path.parent),
+            name=settings.checkpoints.path.name,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
@@ -394,11 +390,11 @@ def run_worker(settings: WorkerSettings, say: Callable[[str], None]) -> dict | A
         return error
 
 
-def report_to_ray(metrics: dict[str, float], checkpoint: Path | None) -> None:
+def report_to_ray(metrics: dict[str, float], checkpoint: Store | None) -> None:
     """Tell Ray Train of a checkpoint; all workers meet here."""
     ray.train.report(
         metrics,
-        checkpoint=None if checkpoint is None else ray.train.Checkpoint(str(checkpoint)),
-        # It lies where it belongs already, and was renamed into place whole.
+        checkpoint=None if checkpoint is None else ray.train.Checkpoint(str(checkpoint.path)),
+        # It is written where it belongs already.
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )

@@ -23,19 +23,14 @@ from acestep_ray.diffusion.schedule import training_sigmas
 from acestep_ray.errors import AceStepError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.storage import Store
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
 from acestep_ray.training.lora import add_lora
 from acestep_ray.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
 from acestep_ray.training.samples import write_sample
-from acestep_ray.training.state import (
-    TrainingState,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    trainable_parameters,
-)
+from acestep_ray.training.state import Checkpoints, TrainingState, trainable_parameters
 from acestep_ray.training.streaming import CacheSource, SongSource, Stream, StreamSource
 from acestep_ray.training.validation import SONGS, fixed_noise_loss
 
@@ -51,7 +46,7 @@ class WorkerSettings:
     config: TrainConfig
     lora: dict
     """Fields of PEFT's `LoraConfig`."""
-    checkpoints: Path
+    checkpoints: Store
     samples: Path
     log_dir: Path
     mlflow_run: MLflowRun | None
@@ -69,8 +64,8 @@ class WorkerPlace:
     device: torch.device
 
 
-Report = Callable[[dict[str, float], "Path | None"], None]
-"""Takes the metrics of a checkpoint, and on the first worker its path; every worker calls it as often."""
+Report = Callable[[dict[str, float], "Store | None"], None]
+"""Takes the metrics of a checkpoint, and on the first worker its place; every worker calls it as often."""
 Say = Callable[[str], None]
 """Takes a line for the user."""
 
@@ -81,14 +76,13 @@ class TrainingDivergedError(AceStepError):
 
 def train_worker(settings: WorkerSettings, place: WorkerPlace, report: Report, say: Say = print) -> dict:
     """Train from the latest checkpoint to the last step; returns the run's losses, and its step."""
-    trainer = Trainer(settings, place, report, say)
-    state = trainer.resume()
-    trainer.before_first_step(state)
-    for step, batches in enumerate(trainer.batches(state.step), start=state.step):
-        trainer.train_step(step, batches)
-        state.step = step + 1
-        trainer.after_step(state)
-    trainer.close()
+    with Trainer(settings, place, report, say) as trainer:
+        state = trainer.resume()
+        trainer.before_first_step(state)
+        for step, batches in enumerate(trainer.batches(state.step), start=state.step):
+            trainer.train_step(step, batches)
+            state.step = step + 1
+            trainer.after_step(state)
     return {"step": state.step, **state.losses}
 
 
@@ -110,16 +104,17 @@ class Trainer:
         self.trained = list(trainable_parameters(self.transformer).values())
         self.optimizer = build_optimizer(self.trained, config.weight_decay)
 
+        self.checkpoints = Checkpoints(settings.checkpoints, keep_last=config.keep_last)
         self.tracker: Tracker | None = None
         self.unlogged: dict[int, dict[str, Tensor | float]] = {}
         self.progress = Progress(settings.total_steps, say)
 
     def resume(self) -> TrainingState:
         """Load the latest checkpoint of this experiment, if there is one."""
-        checkpoint = latest_checkpoint(self.settings.checkpoints)
-        state = TrainingState(step=0, losses={"fixed_noise": {}})
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.transformer, self.optimizer)
+        warn = self.progress.say if self.rank == 0 else lambda line: None
+        state = self.checkpoints.load_latest(self.transformer, self.optimizer, warn)
+        if state is None:
+            state = TrainingState(step=0, losses={"fixed_noise": {}})
         if self.rank == 0:
             self.tracker = Tracker(self.settings.log_dir, self.settings.mlflow_run, first_step=state.step)
         self.progress.start(state.step)
@@ -235,19 +230,30 @@ class Trainer:
         self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
 
     def save(self, state: TrainingState) -> None:
-        """Write a checkpoint and report it."""
-        path = None
+        """Write a checkpoint, while training goes on but for the last, and report it."""
+        place = None
         if self.rank == 0:
-            path = save_checkpoint(self.settings.checkpoints, self.transformer, self.optimizer, state)
+            place = self.checkpoints.save(self.transformer, self.optimizer, state)
+            if state.step == self.settings.total_steps:
+                self.checkpoints.finish()
         metrics = {"step": state.step, "loss": state.losses["last"]}
         if state.losses["fixed_noise"]:
             metrics["fixed_noise_loss"] = list(state.losses["fixed_noise"].values())[-1]
-        self.report(metrics, path)
+        self.report(metrics, place)
 
-    def close(self) -> None:
-        """Write what the trackers hold."""
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write what the trackers hold, and the checkpoint that is on its way."""
         if self.tracker is not None:
             self.tracker.close()
+        try:
+            self.checkpoints.finish()
+        except AceStepError as error:
+            if kind is None:
+                raise
+            self.progress.say(f"warning: {error}")  # the error that ended the run is the one to tell
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision, where it was asked for."""

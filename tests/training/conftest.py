@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.parts import claim_output_dir, store_rows
@@ -17,6 +18,7 @@ from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints
 from acestep_ray.training.worker import WorkerPlace, WorkerSettings, train_worker
 from tests.cache.rows import finish
 
@@ -63,7 +65,7 @@ def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettin
     """Settings of a run whose files are under `directory`, without MLflow."""
     values = {
         "lora": {**DEFAULT_LORA, "r": 4, "lora_alpha": 8},
-        "checkpoints": directory / "checkpoints",
+        "checkpoints": Store.at(directory / "checkpoints"),
         "samples": directory / "samples",
         "log_dir": directory / "logs",
         "mlflow_run": None,
@@ -76,6 +78,12 @@ def train_alone(settings: WorkerSettings, report=lambda metrics, path: None) -> 
     """The loop as the only worker, in this process and without Ray."""
     alone = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
     return train_worker(settings, alone, report, say=lambda line: None)
+
+
+def latest_weights(settings: WorkerSettings) -> dict[str, torch.Tensor]:
+    """What the last checkpoint of a run holds."""
+    checkpoints = Checkpoints(settings.checkpoints)
+    return load_file(checkpoints.folder(checkpoints.steps()[-1]).path / WEIGHTS_FILE)
 
 
 def melody(key: str) -> DecodedSong:

@@ -18,9 +18,9 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.training import job
 from acestep_ray.training.job import interruptible, reserved_by_worker, run_worker, train
 from acestep_ray.training.lora import read_lora_config
-from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
+from acestep_ray.training.state import WEIGHTS_FILE
 from acestep_ray.training.worker import TrainingDivergedError, WorkerSettings
-from tests.training.conftest import settings_in, train_alone
+from tests.training.conftest import latest_weights, settings_in, train_alone
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, co
     settings = settings_in(tmp_path, one, lora=read_lora_config(config.lora_config_path))
     alone = train_alone(settings)
     assert together.first_loss == pytest.approx(alone["first"], rel=1e-5)
-    expected = load_file(latest_checkpoint(settings.checkpoints) / WEIGHTS_FILE)
+    expected = latest_weights(settings)
     found = load_file(together.lora.parent / WEIGHTS_FILE)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)

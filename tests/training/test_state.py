@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 
@@ -9,14 +11,16 @@ from acestep_ray.diffusion.objective import flow_matching_losses
 from acestep_ray.errors import AceStepError
 from acestep_ray.export.lora import LORA_FILE
 from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.storage import StorageError, Store
 from acestep_ray.training import state as state_module
 from acestep_ray.training.lora import add_lora
 from acestep_ray.training.optim import build_optimizer, set_learning_rate
 from acestep_ray.training.state import (
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    Checkpoints,
     TrainingState,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
     trainable_parameters,
 )
 from tests.models.test_padding import CONFIG, pad, random_song
@@ -37,48 +41,141 @@ def take_step(model, optimizer, song):
     optimizer.zero_grad()
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path):
+def saved(store: Store, *steps: int, **options) -> Checkpoints:
+    """Checkpoints of a run after one step, under these numbers."""
+    model, optimizer = new_run()
+    take_step(model, optimizer, 0)
+    checkpoints = Checkpoints(store, **options)
+    for step in steps:
+        checkpoints.save(
+            model, optimizer, TrainingState(step, {"fixed_noise": {"1": 3.0, "2": 1.0, "3": 2.0}})
+        )
+    checkpoints.finish()
+    return checkpoints
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path) -> Store:
+    return Store.at(tmp_path if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_a_resumed_run_is_the_same_run(store):
     model, optimizer = new_run()
     for song in (0, 1):
         take_step(model, optimizer, song)
-    save_checkpoint(tmp_path, model, optimizer, TrainingState(2, {"fixed_noise": {}}))
+    checkpoints = Checkpoints(store)
+    checkpoints.save(model, optimizer, TrainingState(2, {"fixed_noise": {}}))
+    # What is written is the state at that step, whatever training does meanwhile.
+    take_step(model, optimizer, song=3)
+    checkpoints.finish()
     resumed, resumed_optimizer = new_run()
-    state = load_checkpoint(latest_checkpoint(tmp_path), resumed, resumed_optimizer)
+    state = Checkpoints(store).load_latest(resumed, resumed_optimizer, pytest.fail)
     assert state.step == 2
-    for run in ((model, optimizer), (resumed, resumed_optimizer)):
-        take_step(*run, song=3)
+    take_step(resumed, resumed_optimizer, song=3)
     for name, parameter in trainable_parameters(model).items():
         assert torch.equal(parameter, trainable_parameters(resumed)[name]), name
 
 
 def test_it_holds_what_is_trained_and_never_the_frozen_model(tmp_path):
-    model, optimizer = new_run()
-    take_step(model, optimizer, 0)
-    path = save_checkpoint(tmp_path, model, optimizer, TrainingState(1, {}))
+    checkpoints = saved(Store.at(tmp_path), 1)
+    path = checkpoints.folder(1).path
     size = sum(file.stat().st_size for file in path.iterdir())
+    model, _ = new_run()
     trained = sum(p.numel() for p in trainable_parameters(model).values()) * 4
     assert (path / LORA_FILE).is_file()
     assert size < 4 * trained + 40_000 < sum(p.numel() for p in model.parameters()) * 4
 
 
-def test_the_latest_is_that_of_the_highest_step_and_never_a_partial_one(tmp_path, monkeypatch):
-    model, optimizer = new_run()
-    take_step(model, optimizer, 0)
-    for step in (9, 10):
-        save_checkpoint(tmp_path, model, optimizer, TrainingState(step, {}))
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(state_module, "write_lora", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, model, optimizer, TrainingState(11, {}))
-    assert latest_checkpoint(tmp_path).name == "step=10"
+def test_a_run_without_checkpoints_starts_from_nothing(store):
+    assert Checkpoints(store).load_latest(*new_run(), pytest.fail) is None
+    assert Checkpoints(store).latest_state() is None
 
 
-def test_a_checkpoint_of_another_lora_is_refused(tmp_path):
-    model, optimizer = new_run(rank=4)
-    take_step(model, optimizer, 0)
-    path = save_checkpoint(tmp_path, model, optimizer, TrainingState(1, {}))
+def test_the_latest_is_that_of_the_highest_step(store):
+    checkpoints = saved(store, 9, 10)
+    assert checkpoints.steps() == [9, 10]
+    assert checkpoints.latest_state()["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *(
+            (file, damage)
+            for file in (WEIGHTS_FILE, OPTIMIZER_FILE)
+            for damage in ("cut", "changed", "deleted")
+        ),
+        (STATE_FILE, "cut"),
+        (STATE_FILE, "deleted"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_taken(store, file, damage):
+    checkpoints = saved(store, 9, 10)
+    folder = checkpoints.folder(10)
+    content = folder.read_bytes(file)
+    if damage == "deleted":
+        folder.delete([file])
+    else:
+        place = len(content) - 40
+        changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        folder.write_bytes(file, content[: len(content) // 2] if damage == "cut" else changed)
+    told = []
+    state = checkpoints.load_latest(*new_run(), told.append)
+    assert state.step == 9
+    if file == STATE_FILE and damage == "deleted":
+        assert told == []  # without it, the checkpoint was never there
+    else:
+        assert len(told) == 1
+        assert "step 10" in told[0]
+
+
+def fail_to_write(monkeypatch, step: int, *errors: Exception) -> None:
+    """The next attempts to write anything of a step fail with these errors, one after another."""
+    write, remaining = Store.write_bytes, list(errors)
+
+    def failing(self: Store, name: str, content) -> None:
+        if self.url.endswith(f"step={step}") and name == OPTIMIZER_FILE and remaining:
+            raise remaining.pop(0)
+        write(self, name, content)
+
+    monkeypatch.setattr(Store, "write_bytes", failing)
+    monkeypatch.setattr(state_module, "_RETRY_AFTER_SECONDS", (0.0, 0.0))
+
+
+def test_a_full_disk_is_one_message_and_the_checkpoints_before_stay(store, monkeypatch):
+    saved(store, 9, 10)
+    fail_to_write(monkeypatch, 11, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(
+        AceStepError, match=r"step 11 cannot be written.*No space left(?s:.*)goes on from step 10"
+    ):
+        saved(store, 11)
+    assert Checkpoints(store).load_latest(*new_run(), pytest.fail).step == 10
+
+
+def test_storage_that_fails_now_and_then_is_asked_again(store, monkeypatch):
+    fail_to_write(monkeypatch, 1, StorageError("slow down"), OSError(errno.EIO, "Input/output error"))
+    assert saved(store, 1).load_latest(*new_run(), pytest.fail).step == 1
+
+
+def test_storage_that_keeps_failing_ends_the_run(store, monkeypatch):
+    fail_to_write(monkeypatch, 1, *[StorageError("slow down")] * 3)
+    with pytest.raises(AceStepError, match=r"slow down(?s:.*)goes on from the start"):
+        saved(store, 1)
+    assert Checkpoints(store).steps() == []
+
+
+def test_the_last_ones_and_the_best_are_kept(store):
+    assert saved(store, 1, 2, 3, 4, 5, keep_last=2).steps() == [2, 4, 5]
+    assert {name.partition("/")[0] for name in store.names()} == {"step=2", "step=4", "step=5"}
+    assert saved(store, 6, keep_last=0).steps() == [2, 4, 5, 6]
+
+
+def test_a_step_can_be_written_again(store):
+    saved(store, 3, 3)
+    assert Checkpoints(store).load_latest(*new_run(), pytest.fail).step == 3
+
+
+def test_a_checkpoint_of_another_lora_is_refused(store):
+    checkpoints = saved(store, 1)
     with pytest.raises(AceStepError, match="other trained parameters"):
-        load_checkpoint(path, *new_run(rank=8))
+        checkpoints.load_latest(*new_run(rank=8), pytest.fail)

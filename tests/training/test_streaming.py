@@ -33,11 +33,11 @@ from acestep_ray.training.job import open_songs, scan_for_stream, train
 from acestep_ray.training.lora import DEFAULT_LORA, read_lora_config
 from acestep_ray.training.sampler import MicroBatch
 from acestep_ray.training.scan import SCAN_SCHEMA, read_songs, scan, scan_songs
-from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
+from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints
 from acestep_ray.training.streaming import CacheSource, SongLostError, StreamSource
 from acestep_ray.training.worker import build_plan
 from tests.cache.rows import finish
-from tests.training.conftest import Killed, settings_in, train_alone
+from tests.training.conftest import Killed, latest_weights, settings_in, train_alone
 
 SECONDS = {"delta": 3.2, "alpha": 4.0, "gamma": 3.0, "beta": 5.5}
 BROKEN = {"broken": "unsupported", "wordless": "bad_lyrics"}
@@ -291,9 +291,9 @@ def test_a_streamed_run_is_the_cached_run_also_when_it_is_killed_and_goes_on(cac
     streamed = settings_in(tmp_path / "streamed", config, lora=lora, stream=stream)
     with pytest.raises(Killed):
         train_alone(streamed, kill)
-    assert latest_checkpoint(streamed.checkpoints).name == "step=3"
+    assert Checkpoints(streamed.checkpoints).steps() == [3]
     assert train_alone(streamed) == expected
-    assert_same(*(load_file(latest_checkpoint(s.checkpoints) / WEIGHTS_FILE) for s in (streamed, cached)))
+    assert_same(latest_weights(streamed), latest_weights(cached))
 
 
 @pytest.mark.ray
@@ -310,7 +310,7 @@ def test_two_workers_on_two_cpus_stream_what_one_trains_on(cache, config, tmp_pa
     assert streamed.steps == 6
     assert streamed.first_loss == pytest.approx(alone["first"], rel=1e-5)
     assert streamed.last_loss == pytest.approx(alone["last"], rel=1e-5)
-    expected = load_file(latest_checkpoint(settings.checkpoints) / WEIGHTS_FILE)
+    expected = latest_weights(settings)
     found = load_file(streamed.lora.parent / WEIGHTS_FILE)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)

@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.export.lora import LORA_FILE
-from acestep_ray.training.state import WEIGHTS_FILE, latest_checkpoint
+from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.worker import TrainingDivergedError
-from tests.training.conftest import Killed, settings_in, train_alone
+from tests.training.conftest import Killed, latest_weights, settings_in, train_alone
 
 
 @pytest.fixture
@@ -32,10 +31,6 @@ def settings(checkpoint, tiny_cache, tmp_path):
         plot_seconds=3.0,
     )
     return settings_in(tmp_path / "run", config)
-
-
-def weights(settings):
-    return load_file(latest_checkpoint(settings.checkpoints) / WEIGHTS_FILE)
 
 
 def test_two_hundred_steps_on_one_song_lower_its_fixed_noise_loss(settings, write_tiny_cache):
@@ -62,15 +57,16 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(settings, tmp_path,
 
     with pytest.raises(Killed):
         train_alone(settings, kill)
-    assert latest_checkpoint(settings.checkpoints).name == f"step={killed_at}"
+    assert Checkpoints(settings.checkpoints).steps()[-1] == killed_at
     resumed = train_alone(settings)
 
     unbroken = replace(settings_in(tmp_path / "unbroken", settings.config), lora=lora)
     expected = train_alone(unbroken)
     assert resumed["last"] == expected["last"]
     assert resumed["first"] == expected["first"]
-    for name, value in weights(unbroken).items():
-        assert torch.equal(weights(settings)[name], value), name
+    found = latest_weights(settings)
+    for name, value in latest_weights(unbroken).items():
+        assert torch.equal(found[name], value), name
 
 
 def test_accumulated_micro_batches_are_one_batch(settings, tmp_path):
@@ -79,8 +75,9 @@ def test_accumulated_micro_batches_are_one_batch(settings, tmp_path):
     many = replace(one_batch, batch_size=1, accumulate_grad_batches=3)
     first, second = settings_in(tmp_path / "one", one_batch), settings_in(tmp_path / "many", many)
     assert train_alone(first)["first"] == pytest.approx(train_alone(second)["first"], rel=1e-5)
-    for name, value in weights(first).items():
-        torch.testing.assert_close(weights(second)[name], value, rtol=1e-3, atol=1e-5)
+    found = latest_weights(second)
+    for name, value in latest_weights(first).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_it_reports_and_saves_at_its_pace_and_at_the_end(settings):
@@ -88,10 +85,10 @@ def test_it_reports_and_saves_at_its_pace_and_at_the_end(settings):
     config = replace(settings.config, max_steps=5)
     train_alone(
         replace(settings, config=config, total_steps=5),
-        lambda metrics, path: reported.append((metrics["step"], path)),
+        lambda metrics, place: reported.append((metrics["step"], place)),
     )
     assert [step for step, _ in reported] == [2, 4, 5]
-    assert all((path / LORA_FILE).is_file() for _, path in reported)
+    assert all(place.status(LORA_FILE) for _, place in reported)
 
 
 def test_every_step_is_in_tensorboard_once_also_after_a_resume(settings):
@@ -123,7 +120,7 @@ def test_it_leaves_a_sample_that_plays(settings):
 
 def test_state_is_plain_json_with_the_step(settings):
     train_alone(settings)
-    state = json.loads((latest_checkpoint(settings.checkpoints) / "state.json").read_text())
+    state = json.loads(settings.checkpoints.read_bytes("step=6/state.json"))
     assert state["step"] == 6
     assert set(state["losses"]["fixed_noise"]) == {"0", "6"}
 
