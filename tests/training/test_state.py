@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 
 import pytest
 import torch
@@ -59,7 +60,14 @@ def store(request, tmp_path) -> Store:
     return Store.at(tmp_path if request.param == "local" else f"memory://{tmp_path.name}")
 
 
-def test_a_resumed_run_is_the_same_run(store):
+def test_a_resumed_run_is_the_same_run(store, monkeypatch):
+    write, training_goes_on = Store.write_bytes, threading.Event()
+
+    def slow(self: Store, name: str, content) -> None:
+        assert training_goes_on.wait(timeout=60)
+        write(self, name, content)
+
+    monkeypatch.setattr(Store, "write_bytes", slow)
     model, optimizer = new_run()
     for song in (0, 1):
         take_step(model, optimizer, song)
@@ -67,6 +75,7 @@ def test_a_resumed_run_is_the_same_run(store):
     checkpoints.save(model, optimizer, TrainingState(2, {"fixed_noise": {}}))
     # What is written is the state at that step, whatever training does meanwhile.
     take_step(model, optimizer, song=3)
+    training_goes_on.set()
     checkpoints.finish()
     resumed, resumed_optimizer = new_run()
     state = Checkpoints(store).load_latest(resumed, resumed_optimizer, pytest.fail)
@@ -170,8 +179,12 @@ def test_the_last_ones_and_the_best_are_kept(store):
     assert saved(store, 6, keep_last=0).steps() == [2, 4, 5, 6]
 
 
-def test_a_step_can_be_written_again(store):
-    saved(store, 3, 3)
+def test_a_step_can_be_written_again_and_is_not_there_until_it_is_whole(store, monkeypatch):
+    saved(store, 3, 4, 4)
+    assert Checkpoints(store).load_latest(*new_run(), pytest.fail).step == 4
+    fail_to_write(monkeypatch, 4, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(AceStepError, match="goes on from step 3"):
+        saved(store, 4)
     assert Checkpoints(store).load_latest(*new_run(), pytest.fail).step == 3
 
 
