@@ -139,6 +139,8 @@ class TrainConfig:
     """Threads that read the cache ahead of the model; songs without a cache take one, 0 reads nothing ahead."""
     every_n_train_steps: int = 2000
     """Steps between checkpoints; the last step always writes one."""
+    allow_changes: bool = False
+    """Go on with a run although its songs, model or settings are not those that it was started with."""
     keep_last: int = 0
     """Checkpoints that are kept, besides the one with the lowest fixed-noise loss; 0 keeps all."""
     every_plot_step: int = 2000

@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.schema import FEATURE_GROUPS, INCOMING, MANIFEST
+from acestep_ray.cache.schema import FEATURE_GROUPS, INCOMING, MANIFEST, hash_of
 from acestep_ray.cache.songs import Recipe, Settings
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.lyrics import LyricTokenizer
@@ -32,13 +32,20 @@ from acestep_ray.data.songs import SongTable
 from acestep_ray.device import check_device_name
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.export.lora import LORA_FILE
-from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.models.checkpoint import CheckpointDir, file_sha256
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.ray_runtime import Console, connect, has_gpus
 from acestep_ray.storage import Store
 from acestep_ray.tracking import end_mlflow_run, mlflow_uri, start_mlflow_run
+from acestep_ray.training.experiment import (
+    check_unchanged,
+    make_folder,
+    note_identity,
+    only_run,
+    run_identity,
+)
 from acestep_ray.training.lora import add_lora, read_lora_config
-from acestep_ray.training.scan import read_songs, scan
+from acestep_ray.training.scan import SONGS, read_songs, scan
 from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.streaming import Stream
 from acestep_ray.training.worker import (
@@ -129,25 +136,35 @@ def train(config: TrainConfig) -> TrainSummary:
     experiment = Path(config.exp_dir).resolve() / config.exp_name
     songs = open_songs(config, checkpoint)
     if isinstance(songs, CacheIndex):
-        total_steps = count_steps(songs.latent_frames, config)
-    connect()
-    use_gpu = resolve_training_device(config)
-    stream = None
-    if isinstance(songs, SongTable):
-        stream = scan_for_stream(songs, checkpoint, config, Store.at(experiment), use_gpu)
-        total_steps = count_steps(read_songs(stream.scan)["latent_frames"].to_numpy(), config)
-    settings = WorkerSettings(
-        config=config,
-        lora=lora,
-        checkpoints=Store.at(experiment / "checkpoints"),
-        samples=experiment / "samples",
-        log_dir=Path(config.logger_dir).resolve() / config.exp_name,
-        mlflow_run=None,
-        total_steps=total_steps,
-        stream=stream,
-    )
-    done = finished_losses(settings)
-    losses = done or run_workers(prepare_experiment(experiment, settings, tracking_uri), use_gpu)
+        count_steps(songs.latent_frames, config)  # refuses a batch that is too small for a song
+    log_dir = Path(config.logger_dir).resolve() / config.exp_name
+    make_folder(experiment, "--exp_dir")
+    make_folder(log_dir, "--logger_dir")
+    with only_run(experiment):
+        connect()
+        use_gpu = resolve_training_device(config)
+        lengths, fingerprint, stream = find_songs(songs, checkpoint, config, Store.at(experiment), use_gpu)
+        settings = WorkerSettings(
+            config=config,
+            lora=lora,
+            checkpoints=Store.at(experiment / "checkpoints"),
+            samples=experiment / "samples",
+            log_dir=log_dir,
+            mlflow_run=None,
+            total_steps=count_steps(lengths, config),
+            stream=stream,
+        )
+        identity = run_identity(
+            config, lora, songs=fingerprint, transformer=checkpoint.fingerprint("transformer")
+        )
+        if Checkpoints(settings.checkpoints).steps():
+            check_unchanged(experiment, identity, allow_changes=config.allow_changes)
+        done = finished_losses(settings)
+        if done is None:
+            note_identity(experiment, identity)
+            losses = run_workers(prepare_experiment(experiment, settings, tracking_uri), use_gpu)
+        else:
+            losses = done
     return TrainSummary(
         steps=losses["step"],
         first_loss=losses["first"],
@@ -227,6 +244,22 @@ def open_songs(config: TrainConfig, checkpoint: CheckpointDir) -> CacheIndex | S
     return songs
 
 
+def find_songs(
+    songs: CacheIndex | SongTable,
+    checkpoint: CheckpointDir,
+    config: TrainConfig,
+    experiment: Store,
+    use_gpu: bool,
+) -> tuple[np.ndarray, str, Stream | None]:
+    """Latent frames of the usable songs (songs,), their fingerprint, and the stream where there is no cache."""
+    if isinstance(songs, CacheIndex):
+        return songs.latent_frames, songs.fingerprint, None
+    stream = scan_for_stream(songs, checkpoint, config, experiment, use_gpu)
+    encoders = [checkpoint.fingerprint(part) for part in ("codec", "text_encoder", *checkpoint.ssl_names)]
+    fingerprint = hash_of(encoders, stream.recipe.models, file_sha256(experiment.path / SONGS))
+    return read_songs(stream.scan)["latent_frames"].to_numpy(), fingerprint, stream
+
+
 def scan_for_stream(
     songs: SongTable, checkpoint: CheckpointDir, config: TrainConfig, experiment: Store, use_gpu: bool
 ) -> Stream:
@@ -295,9 +328,7 @@ def finished_losses(settings: WorkerSettings) -> dict | None:
 def prepare_experiment(
     experiment: Path, settings: WorkerSettings, tracking_uri: str | None
 ) -> WorkerSettings:
-    """Make the run's folders, note its settings, and begin or continue its MLflow run."""
-    experiment.mkdir(parents=True, exist_ok=True)
-    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    """Note the run's settings, and begin or continue its MLflow run."""
     values = asdict(settings.config)
     (experiment / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     if tracking_uri is None:

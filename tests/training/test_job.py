@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.training import job
+from acestep_ray.training.experiment import only_run
 from acestep_ray.training.job import interruptible, reserved_by_worker, run_worker, train
 from acestep_ray.training.lora import read_lora_config
 from acestep_ray.training.state import WEIGHTS_FILE
@@ -65,6 +66,10 @@ def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, co
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
     assert statuses(together) == {"two": "FINISHED"}
 
+    other = tmp_path / "other.json"
+    other.write_text('{"r": 8, "target_modules": ["to_q", "to_v"]}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"LoRA r: 4 → 8(?s:.*)--allow_changes"):
+        train(replace(config, exp_name="two", devices=2, lora_config_path=str(other)))
     again = train(replace(config, exp_name="two", devices=2))
     assert again.finished_before
     assert again.last_loss == together.last_loss
@@ -103,6 +108,21 @@ def test_settings_that_cannot_be_trained_with_are_named_before_work_starts(
     monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(InputError, match=named):
         train(replace(config, **changes))
+
+
+@pytest.mark.parametrize("flag", ["exp_dir", "logger_dir"])
+def test_a_folder_that_cannot_be_written_to_is_named_before_work_starts(config, flag, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=f"cannot write here(?s:.*)--{flag}"):
+        train(replace(config, **{flag: str(tmp_path / "file" / "folder")}))
+
+
+def test_a_second_run_of_one_name_is_refused_before_work_starts(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+    (tmp_path / "exps" / "one").mkdir(parents=True)
+    with only_run(tmp_path / "exps" / "one"), pytest.raises(InputError, match="under way"):
+        train(config)
 
 
 def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache, tmp_path, monkeypatch):
