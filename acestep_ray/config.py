@@ -141,6 +141,8 @@ class TrainConfig:
     """Steps between checkpoints; the last step always writes one."""
     allow_changes: bool = False
     """Go on with a run although its songs, model or settings are not those that it was started with."""
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite loss, which are skipped, after which the run stops."""
     keep_last: int = 0
     """Checkpoints that are kept, besides the one with the lowest fixed-noise loss; 0 keeps all."""
     every_plot_step: int = 2000

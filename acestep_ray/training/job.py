@@ -167,8 +167,8 @@ def train(config: TrainConfig) -> TrainSummary:
             losses = done
     return TrainSummary(
         steps=losses["step"],
-        first_loss=losses["first"],
-        last_loss=losses["last"],
+        first_loss=losses.get("first", math.nan),
+        last_loss=losses.get("last", math.nan),
         fixed_noise=losses["fixed_noise"],
         lora=Checkpoints(settings.checkpoints).folder(losses["step"]).path / LORA_FILE,
         samples=sorted(settings.samples.rglob("*.wav"), key=lambda path: path.stat().st_mtime),

@@ -37,6 +37,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
+    """Step where `is_finite`, a bool scalar on the parameters' device, is true; else leave everything as it is.
+
+    The fused kernel looks for itself, so that nobody waits for the GPU.
+    """
+    if all(group["fused"] for group in optimizer.param_groups):
+        # As torch.amp.GradScaler tells it.
+        optimizer.found_inf = (~is_finite).float()
+        optimizer.step()
+    elif is_finite:
+        optimizer.step()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most `max_norm`; returns the norm before, a float32 scalar."""
     return nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -222,9 +222,11 @@ def restore(
             parameter.copy_(weights[name])
             # Only the fused kernel counts its steps on the device.
             homes = {"step": parameter.device if fused else "cpu"}
-            optimizer.state[parameter] = {
-                key: moments[f"{name}/{key}"].to(homes.get(key, parameter.device)) for key in OPTIMIZER_STATE
-            }
+            if f"{name}/step" in moments:  # none where every step so far was skipped
+                optimizer.state[parameter] = {
+                    key: moments[f"{name}/{key}"].to(homes.get(key, parameter.device))
+                    for key in OPTIMIZER_STATE
+                }
 
 
 def _copy(tensor: Tensor) -> Tensor:

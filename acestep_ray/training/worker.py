@@ -27,7 +27,13 @@ from acestep_ray.storage import Store
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
 from acestep_ray.training.lora import add_lora
-from acestep_ray.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from acestep_ray.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    set_learning_rate,
+    step_if,
+)
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
 from acestep_ray.training.samples import write_sample
 from acestep_ray.training.state import Checkpoints, TrainingState, trainable_parameters
@@ -71,7 +77,7 @@ Say = Callable[[str], None]
 
 
 class TrainingDivergedError(AceStepError):
-    """The loss is not a number any more."""
+    """The loss is not finite any more."""
 
 
 def train_worker(settings: WorkerSettings, place: WorkerPlace, report: Report, say: Say = print) -> dict:
@@ -107,6 +113,9 @@ class Trainer:
         self.checkpoints = Checkpoints(settings.checkpoints, keep_last=config.keep_last)
         self.tracker: Tracker | None = None
         self.unlogged: dict[int, dict[str, Tensor | float]] = {}
+        # By step, which songs of each of this worker's micro-batches have a finite loss, (B,) bool.
+        self.finite: dict[int, list[Tensor]] = {}
+        self.skipped_in_a_row = 0
         self.progress = Progress(settings.total_steps, say)
 
     def resume(self) -> TrainingState:
@@ -154,10 +163,14 @@ class Trainer:
                 total = losses.total(self.config.ssl_coeff)
                 # A mean over all songs of the step, whoever holds them; DDP divides by the number of workers.
                 (total.sum() * (self.workers / songs_in_step)).backward()
+            self.finite.setdefault(step, []).append(torch.isfinite(total.detach()))
             parts = {"loss": total, "loss/denoising": losses.denoising}
             parts.update({f"loss/{name}": values for name, values in losses.ssl.items()})
             for name, values in parts.items():
                 sums[name] = sums.get(name, 0.0) + values.detach().sum()
+        means = torch.stack(list(sums.values())) / songs_in_step
+        if self.workers > 1:
+            torch.distributed.all_reduce(means)
         norm = clip_gradients(self.trained, self.config.gradient_clip_val)
         rate = learning_rate_at(
             step,
@@ -166,11 +179,9 @@ class Trainer:
             max_steps=self.settings.total_steps,
         )
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        # The gradients are those of all workers, and so is what follows from them.
+        step_if(self.optimizer, torch.isfinite(norm) & torch.isfinite(means[0]))
         self.optimizer.zero_grad(set_to_none=True)
-        means = torch.stack(list(sums.values())) / songs_in_step
-        if self.workers > 1:
-            torch.distributed.all_reduce(means)
         self.unlogged[step] = {
             **dict(zip(sums, means, strict=True)),
             "grad_norm": norm,
@@ -192,23 +203,49 @@ class Trainer:
             self.save(state)
 
     def flush_metrics(self, state: TrainingState) -> None:
-        """Bring the metrics of the last steps from the device to the trackers, and check that they are numbers."""
+        """Bring the metrics of the last steps from the device to the trackers, and look for steps that were skipped."""
         metrics = {
             step: {name: float(value) for name, value in values.items()}
             for step, values in self.unlogged.items()
         }
-        self.unlogged = {}
         for step, values in metrics.items():
-            if not math.isfinite(values["loss"]):
-                raise TrainingDivergedError(
-                    f"the loss of step {step} is {values['loss']}\n"
-                    "  → lower --learning_rate; the same command goes on from the last checkpoint"
-                )
-            state.losses.setdefault("first", values["loss"])
-            state.losses["last"] = values["loss"]
+            if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+                self.skipped_in_a_row = 0
+                state.losses.setdefault("first", values["loss"])
+                state.losses["last"] = values["loss"]
+                continue
+            self.skipped_in_a_row += 1
+            state.losses["skipped"] = state.losses.get("skipped", 0) + 1
+            self.tell_of_skipped(step, values)
+            metrics[step] = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.unlogged, self.finite = {}, {}
         if self.tracker is not None:
-            self.tracker.log(metrics)
-            self.progress.show(state.step, state.losses["last"])
+            skipped = {"skipped_steps": float(state.losses.get("skipped", 0))}
+            self.tracker.log({step: {**values, **skipped} for step, values in metrics.items()})
+            self.progress.show(state.step, state.losses.get("last", math.nan))
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            self.save(state)
+            self.checkpoints.finish()
+            raise TrainingDivergedError(
+                f"the last {self.skipped_in_a_row} steps before step {state.step} had no finite loss and were skipped; "
+                f"what there is was saved as {self.checkpoints.folder(state.step).url}\n"
+                "  → lower --learning_rate and go back to an earlier checkpoint, or look at the songs that were named"
+            )
+
+    def tell_of_skipped(self, step: int, values: dict[str, float]) -> None:
+        """Name this worker's songs whose loss was not finite; the first worker tells where there are none."""
+        mine = self.plan.step(step)[self.rank :: self.workers]
+        keys = [
+            self.source.read(row).key
+            for item, finite in zip(mine, self.finite[step], strict=True)
+            for row, is_finite in zip(item.songs, finite.tolist(), strict=True)
+            if not is_finite
+        ]
+        if keys or self.rank == 0:
+            what = f"the loss of {', '.join(keys)} is not finite" if keys else "its gradient is not finite"
+            self.progress.say(
+                f"warning: step {step} is skipped: {what} (gradient norm {values['grad_norm']})"
+            )
 
     def validate(self, state: TrainingState) -> None:
         """Measure and log the fixed-noise loss."""
@@ -236,7 +273,9 @@ class Trainer:
             place = self.checkpoints.save(self.transformer, self.optimizer, state)
             if state.step == self.settings.total_steps:
                 self.checkpoints.finish()
-        metrics = {"step": state.step, "loss": state.losses["last"]}
+        metrics = {"step": state.step}
+        if "last" in state.losses:
+            metrics["loss"] = state.losses["last"]
         if state.losses["fixed_noise"]:
             metrics["fixed_noise_loss"] = list(state.losses["fixed_noise"].values())[-1]
         self.report(metrics, place)

@@ -74,10 +74,10 @@ def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettin
     return WorkerSettings(config=config, **{**values, **changes})
 
 
-def train_alone(settings: WorkerSettings, report=lambda metrics, path: None) -> dict:
+def train_alone(settings: WorkerSettings, report=lambda metrics, place: None, say=lambda line: None) -> dict:
     """The loop as the only worker, in this process and without Ray."""
     alone = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
-    return train_worker(settings, alone, report, say=lambda line: None)
+    return train_worker(settings, alone, report, say)
 
 
 def latest_weights(settings: WorkerSettings) -> dict[str, torch.Tensor]:

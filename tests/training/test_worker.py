@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load
 
+from acestep_ray.cache.index import CacheIndex
 from acestep_ray.config import TrainConfig
 from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.training import worker
+from acestep_ray.training.batch import build_batch
 from acestep_ray.training.state import Checkpoints
-from acestep_ray.training.worker import TrainingDivergedError
+from acestep_ray.training.worker import TrainingDivergedError, build_plan
 from tests.training.conftest import Killed, latest_weights, settings_in, train_alone
 
 
@@ -125,9 +130,52 @@ def test_state_is_plain_json_with_the_step(settings):
     assert set(state["losses"]["fixed_noise"]) == {"0", "6"}
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_advice(settings):
-    config = replace(
-        settings.config, learning_rate=1e30, warmup_steps=0, gradient_clip_val=1e30, max_steps=60
-    )
-    with pytest.raises(TrainingDivergedError, match="--learning_rate"):
-        train_alone(replace(settings, config=config, total_steps=60))
+def with_broken_songs(monkeypatch, *keys: str) -> None:
+    """These songs have a latent that is not a number."""
+
+    def build(songs, *arguments, **options):
+        songs = [replace(s, latents=s.latents * math.nan) if s.key in keys else s for s in songs]
+        return build_batch(songs, *arguments, **options)
+
+    monkeypatch.setattr(worker, "build_batch", build)
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_its_song_named(settings, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    one_song = replace(settings.config, batch_size=1, max_steps=6)
+    settings = replace(settings, config=one_song)
+    plan = build_plan(CacheIndex.open(one_song.dataset_path).latent_frames, one_song)
+    beta = list(CacheIndex.open(one_song.dataset_path).keys).index("beta")
+    with_broken_songs(monkeypatch, "beta")
+    told = []
+    losses = train_alone(settings, say=told.append)
+    skipped = [step for step in range(6) if plan.step(step)[0].songs == (beta,)]
+    assert losses["skipped"] == len(skipped) == 2
+    assert math.isfinite(losses["last"])
+    warnings = [line for line in told if "skipped" in line]
+    assert [line.split(" (")[0] for line in warnings] == [
+        f"warning: step {step} is skipped: the loss of beta is not finite" for step in skipped
+    ]
+    assert all(value.isfinite().all() for value in latest_weights(settings).values())
+    events = EventAccumulator(str(settings.log_dir)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [s for s in range(6) if s not in skipped]
+
+
+def test_a_skipped_step_leaves_weights_and_moments_as_they_were(settings, monkeypatch):
+    settings = replace(settings, config=replace(settings.config, max_steps=4), total_steps=4)
+    with_broken_songs(monkeypatch, "alpha", "beta", "gamma")
+    train_alone(settings)
+    untrained = {name: value.clone() for name, value in latest_weights(settings).items()}
+    for name, value in untrained.items():
+        assert ("lora_B" in name) == (not value.any()), name
+    moments = load(settings.checkpoints.read_bytes("step=4/optimizer.safetensors"))
+    assert moments == {}
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_advice_and_a_checkpoint(settings, monkeypatch):
+    with_broken_songs(monkeypatch, "alpha", "beta", "gamma")
+    config = replace(settings.config, max_skipped_steps=3, every_n_train_steps=100)
+    with pytest.raises(TrainingDivergedError, match=r"before step 6(?s:.*)step=6\n(?s:.*)--learning_rate"):
+        train_alone(replace(settings, config=config))
+    assert Checkpoints(settings.checkpoints).steps() == [6]
