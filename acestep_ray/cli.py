@@ -5,14 +5,17 @@ A job's module is imported when its subcommand is called, so that `--help` and a
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        check_environment(os.environ)
         check_settings_files(arguments)
         run(parser.parse_args(arguments))
     except KeyboardInterrupt:
@@ -98,10 +102,44 @@ def run_pipeline(job: str) -> None:
     sys.exit(main([job, *sys.argv[1:]]))
 
 
-def build_parser() -> ArgumentParser:
+class Parser(ArgumentParser):
+    """A parser that takes no shortened flags, and that names the flag which a mistyped one is nearest to."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, allow_abbrev=False, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for name in re.findall(r"(?:arguments: |option ')-*(\w+)", message):
+            if near := nearest_setting(name, JOBS):
+                message += f"\n  → did you mean {near}?"
+        super().error(message, ex)
+
+
+def nearest_setting(name: str, jobs: Iterable[str]) -> str | None:
+    """The setting of these jobs that a mistyped name is most like."""
+    known = {field.name for job in jobs for field in fields(JOBS[job].config)}
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raise InputError for a variable `ACESTEP_JOB__NAME` that names no setting of that job."""
+    for variable in environment:
+        job, separator, name = variable.removeprefix("ACESTEP_").lower().partition("__")
+        if not variable.startswith("ACESTEP_") or not separator or job not in JOBS:
+            continue
+        if name not in {*(field.name for field in fields(JOBS[job].config)), "config"}:
+            near = nearest_setting(name, [job])
+            raise InputError(
+                f"`{job}` has no setting {name!r}",
+                where=f"${variable}",
+                fix=f"did you mean ACESTEP_{job.upper()}__{near.upper()}?" if near else "unset it",
+            )
+
+
+def build_parser() -> Parser:
     """The parser of the whole command."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = Parser(
         prog="acestep-ray",
         description="Training for the ACE-Step v1 music model, on Ray.",
         default_env=True,
@@ -113,15 +151,15 @@ def build_parser() -> ArgumentParser:
         subparser = new_parser(name, job.config.__doc__.splitlines()[0])
         subparser.add_class_arguments(job.config, as_group=False)
         commands.add_subcommand(name, subparser, help=job.config.__doc__.splitlines()[0])
-    checkpoint = ArgumentParser(prog="acestep-ray checkpoint", description=CHECKPOINT_HELP)
+    checkpoint = Parser(prog="acestep-ray checkpoint", description=CHECKPOINT_HELP)
     checkpoint.add_argument("action", choices=list(CHECKPOINT_ACTIONS), help="What to do.")
     checkpoint.add_argument("dir", type=str, help="Checkpoint directory to write.")
     commands.add_subcommand("checkpoint", checkpoint, help=CHECKPOINT_HELP)
-    cache = ArgumentParser(prog="acestep-ray cache", description=CACHE_HELP)
+    cache = Parser(prog="acestep-ray cache", description=CACHE_HELP)
     commands.add_subcommand("cache", cache, help=CACHE_HELP)
     actions = cache.add_subcommands(required=True, dest="action")
     for name, (_, description) in CACHE_ACTIONS.items():
-        action = ArgumentParser(prog=f"acestep-ray cache {name}", description=description)
+        action = Parser(prog=f"acestep-ray cache {name}", description=description)
         action.add_argument("dir", type=str, help="Feature cache: a directory, or a URL such as s3://….")
         if name == "prune":
             action.add_argument("--dry_run", action="store_true", help="Only list the files.")
@@ -129,9 +167,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def new_parser(name: str, description: str) -> ArgumentParser:
+def new_parser(name: str, description: str) -> Parser:
     """A job's parser: settings come from the environment, `--config FILE` and flags, the later winning."""
-    parser = ArgumentParser(usage=f"acestep-ray {name} [--flag VALUE ...]", description=description)
+    parser = Parser(usage=f"acestep-ray {name} [--flag VALUE ...]", description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     return parser
 

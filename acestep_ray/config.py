@@ -122,7 +122,9 @@ class TrainConfig:
     precision: str = "bf16-mixed"
     """bf16-mixed or 32 (`fp32` says the same)."""
     gradient_clip_val: float = 0.5
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient, or with `gradient_clip_algorithm: value` its largest element."""
+    gradient_clip_algorithm: str = "norm"
+    """norm (all gradients are scaled together) or value (every element is cut on its own)."""
     shift: float = 3.0
     """Shift of the flow-matching noise schedule."""
     ssl_coeff: float = 1.0

@@ -104,6 +104,25 @@ def test_a_mistake_in_the_flags_is_exit_code_2(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
+def test_a_flag_is_not_guessed_from_its_beginning_but_the_nearest_is_named(jobs, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        cli.main(["train", *REQUIRED, "--learning_rat", "1"])
+    assert "did you mean learning_rate?" in capsys.readouterr().err
+    file = tmp_path / "train.yaml"
+    file.write_text("max_step: 5\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        cli.main(["train", *REQUIRED, "--config", str(file)])
+    assert "did you mean max_steps?" in capsys.readouterr().err
+
+
+def test_a_variable_that_names_no_setting_is_a_mistake(jobs, capsys, monkeypatch):
+    monkeypatch.setenv("ACESTEP_LYRIC_VOCAB", "vocab.json")
+    assert cli.main(["train", *REQUIRED]) == 0
+    monkeypatch.setenv("ACESTEP_TRAIN__LEARNING_RATES", "1")
+    assert cli.main(["train", *REQUIRED]) == 2
+    assert "did you mean ACESTEP_TRAIN__LEARNING_RATE?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [

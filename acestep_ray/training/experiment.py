@@ -24,6 +24,7 @@ _SETTINGS = (
     "weight_decay",
     "warmup_steps",
     "gradient_clip_val",
+    "gradient_clip_algorithm",
     "batch_size",
     "batch_frames",
     "precision",

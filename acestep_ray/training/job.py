@@ -187,6 +187,9 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
                 raise InputError(f"must be {rule}", where=f"--{name} {getattr(config, name)}")
     if config.precision not in PRECISIONS:
         raise InputError("unknown precision", where=f"--precision {config.precision}", fix="bf16-mixed or 32")
+    if config.gradient_clip_algorithm not in ("norm", "value"):
+        where = f"--gradient_clip_algorithm {config.gradient_clip_algorithm}"
+        raise InputError("unknown way to clip gradients", where=where, fix="norm or value")
     if Path(config.exp_name).name != config.exp_name or config.exp_name in (".", ".."):
         raise InputError("not a plain name", where=f"--exp_name {config.exp_name!r}", fix="use no slashes")
     if config.lora_config_path is None:

@@ -50,6 +50,14 @@ def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
         optimizer.step()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a norm of at most `max_norm`; returns the norm before, a float32 scalar."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: str = "norm") -> Tensor:
+    """Scale the gradients to a norm of at most `limit`, or cut each element to ±`limit` where `algorithm` is "value".
+
+    Returns the norm before, a float32 scalar.
+    """
+    parameters = list(parameters)
+    if algorithm == "norm":
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grad_value_(parameters, limit)
+    return norm

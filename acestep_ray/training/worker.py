@@ -171,7 +171,9 @@ class Trainer:
         means = torch.stack(list(sums.values())) / songs_in_step
         if self.workers > 1:
             torch.distributed.all_reduce(means)
-        norm = clip_gradients(self.trained, self.config.gradient_clip_val)
+        norm = clip_gradients(
+            self.trained, self.config.gradient_clip_val, self.config.gradient_clip_algorithm
+        )
         rate = learning_rate_at(
             step,
             peak=self.config.learning_rate,

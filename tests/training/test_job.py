@@ -99,6 +99,7 @@ def test_an_error_of_the_loop_reaches_the_user_as_it_is(two_cpus, config):
         ({"precision": "fp8"}, "--precision fp8"),
         ({"exp_name": "../elsewhere"}, "--exp_name"),
         ({"device": "tpu"}, "--device"),
+        ({"gradient_clip_algorithm": "norms"}, "--gradient_clip_algorithm norms"),
         ({"batch_frames": 10}, "--batch_frames 10"),
         ({"lora_config_path": None}, "--lora_config_path"),
     ],
