@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from acestep_ray.diffusion.schedule import sigma_index
 from acestep_ray.training.batch import Draws, build_batch, counter_seed, song_noise
 
 NOISE_LEVELS = 8
+QUARTERS = 4
 SONGS = 8
+FIXED_NOISE = "loss/fixed_noise"
+"""Name of the metric."""
 
 
 def validation_draws(song: CachedSong, sigmas: Tensor, level: int) -> Draws:
@@ -32,13 +36,25 @@ def validation_draws(song: CachedSong, sigmas: Tensor, level: int) -> Draws:
 
 
 @torch.no_grad()
-def fixed_noise_loss(
+def fixed_noise_losses(
     transformer: nn.Module, songs: Sequence[CachedSong], sigmas: Tensor, device: torch.device | str
-) -> float:
-    """Mean denoising loss of `songs` over fixed noise at fixed noise levels; `sigmas` (1000,) is the schedule."""
-    total = 0.0
-    for song in songs:
-        for level in range(NOISE_LEVELS):
+) -> list[float]:
+    """Mean denoising loss of `songs` at each of `NOISE_LEVELS` noise levels, the noisiest first, over fixed noise.
+
+    `sigmas` (1000,) is the schedule.
+    """
+    losses = []
+    for level in range(NOISE_LEVELS):
+        total = 0.0
+        for song in songs:
             batch = build_batch([song], [validation_draws(song, sigmas, level)], ssl_stride=1, with_ssl=False)
             total += flow_matching_losses(transformer, batch.to(device)).denoising.item()
-    return total / (len(songs) * NOISE_LEVELS)
+        losses.append(total / len(songs))
+    return losses
+
+
+def validation_metrics(losses: Sequence[float]) -> dict[str, float]:
+    """The mean over all noise levels, and over each quarter of them: q1 has the most noise."""
+    size = len(losses) // QUARTERS
+    quarters = {f"{FIXED_NOISE}/q{i + 1}": fmean(losses[i * size : (i + 1) * size]) for i in range(QUARTERS)}
+    return {FIXED_NOISE: fmean(losses), **quarters}

@@ -38,7 +38,7 @@ from acestep_ray.training.sampler import BatchPlan, MicroBatch
 from acestep_ray.training.samples import write_sample
 from acestep_ray.training.state import Checkpoints, TrainingState, trainable_parameters
 from acestep_ray.training.streaming import CacheSource, SongSource, Stream, StreamSource
-from acestep_ray.training.validation import SONGS, fixed_noise_loss
+from acestep_ray.training.validation import FIXED_NOISE, SONGS, fixed_noise_losses, validation_metrics
 
 # Metrics stay on the device until this many steps are together: reading one waits for the GPU.
 LOG_EVERY = 10
@@ -250,11 +250,12 @@ class Trainer:
             )
 
     def validate(self, state: TrainingState) -> None:
-        """Measure and log the fixed-noise loss."""
+        """Measure and log the fixed-noise loss, as a whole and by quarters of the noise levels."""
         with self.evaluating(), self.autocast():
-            loss = fixed_noise_loss(self.transformer, self.validation_songs(), self.sigmas, self.device)
-        state.losses["fixed_noise"][str(state.step)] = loss
-        self.tracker.log({state.step: {"loss/fixed_noise": loss}})
+            losses = fixed_noise_losses(self.transformer, self.validation_songs(), self.sigmas, self.device)
+        metrics = validation_metrics(losses)
+        state.losses["fixed_noise"][str(state.step)] = metrics[FIXED_NOISE]
+        self.tracker.log({state.step: metrics})
 
     def validation_songs(self) -> list[CachedSong]:
         """The first songs of the run."""
