@@ -262,11 +262,20 @@ class Trainer:
         return [self.source.read(i) for i in range(min(SONGS, len(self.source.latent_frames)))]
 
     def write_sample(self, state: TrainingState) -> None:
-        """Generate the first song's prompt and lyrics with the model as it is."""
+        """Generate the first song's prompt and lyrics with the model as it is; a failure is told and ends nothing."""
         directory = self.settings.samples / f"step={state.step}"
         song = self.source.read(0)
-        with self.evaluating(), self.autocast():
-            waveform = write_sample(directory, self.transformer, song, self.config, self.device)
+        try:
+            with self.evaluating(), self.autocast():
+                waveform = write_sample(directory, self.transformer, song, self.config, self.device)
+        except (
+            Exception
+        ) as error:  # memory, disk, a damaged codec: hours of training are worth more than a sample
+            self.progress.say(
+                f"warning: no sample at step {state.step}: {type(error).__name__}: {error}\n"
+                "  → training goes on; `acestep-ray generate` makes music from its checkpoint"
+            )
+            return
         self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
 
     def save(self, state: TrainingState) -> None:

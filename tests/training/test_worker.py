@@ -123,6 +123,19 @@ def test_it_leaves_a_sample_that_plays(settings):
     assert samples.std() > 0.01
 
 
+def test_a_sample_that_fails_is_told_and_ends_nothing(settings, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(worker, "write_sample", fail)
+    told = []
+    assert train_alone(settings, say=told.append)["step"] == 6
+    (warning,) = (line for line in told if "no sample" in line)
+    assert "step 6: OutOfMemoryError: CUDA out of memory" in warning
+    assert Checkpoints(settings.checkpoints).steps()[-1] == 6
+    assert not list(settings.samples.rglob("*.wav"))
+
+
 def test_state_is_plain_json_with_the_step(settings):
     train_alone(settings)
     state = json.loads(settings.checkpoints.read_bytes("step=6/state.json"))
