@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -65,6 +67,16 @@ def test_a_song_in_object_storage_is_estimated_without_reading_it(monkeypatch):
     monkeypatch.setattr(Store, "read_bytes", None)
     monkeypatch.setattr(Store, "open", None)
     assert estimate_seconds(root, song("a", filename="a.flac"), SETTINGS) == pytest.approx(80.0)
+
+
+def test_a_process_that_decodes_loads_no_models_and_no_torch():
+    code = "import sys, acestep_ray.cache.graph, acestep_ray.training.scan; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "torchaudio", "transformers", "diffusers", "peft", "datasets", "mlflow"} & set(
+        loaded
+    )
 
 
 @pytest.fixture(scope="module")
