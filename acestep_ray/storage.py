@@ -617,6 +617,16 @@ def _credentials_fix(protocol: str) -> str:
     return "give the storage's credentials as its own tools take them, on every node"
 
 
+def _flush_folder(folder: Path) -> None:
+    """Make the names in a local folder survive a loss of power, where its system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, some network file systems flush none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def _written_whole(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -627,5 +637,6 @@ def _written_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+        _flush_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -140,7 +140,7 @@ class SSLEncoder(nn.Module):
         hidden: list[torch.Tensor] = []
         done = 0
         if self.chunks_per_pass is None:  # the encoder may have been moved since it was made
-            self.chunks_per_pass = _SECONDS_PER_PASS[chunks.device.type] // self.chunk_seconds
+            self.chunks_per_pass = max(1, _SECONDS_PER_PASS.get(chunks.device.type, 60) // self.chunk_seconds)
         while done < len(chunks):
             batch = chunks[done : done + self.chunks_per_pass]
             try:

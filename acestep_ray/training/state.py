@@ -76,9 +76,17 @@ class Checkpoints:
         return self.store.child(f"step={step}")
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """What `state.json` of a checkpoint says. Raises DamagedCheckpointError."""
+        """What `state.json` of a checkpoint says.
+
+        Raises DamagedCheckpointError, and AceStepError for a format of another version.
+        """
         try:
             values = json.loads(self.folder(step).read_bytes(STATE_FILE))
+            if values["format"] != FORMAT:
+                raise AceStepError(
+                    f"{self.folder(step).url} has the format {values['format']}, this version reads {FORMAT}\n"
+                    "  → go on with the version that wrote it, or use another --exp_name"
+                )
             if values["step"] != step or not isinstance(values["files"], dict):
                 raise DamagedCheckpointError(f"{STATE_FILE} belongs to another step")
             return values
@@ -99,10 +107,11 @@ class Checkpoints:
     ) -> TrainingState | None:
         """Put the last checkpoint's weights and moments into `model` and `optimizer`; None where there is none.
 
-        A damaged one is told of and the one before it taken. Raises AceStepError when it was written for other
-        parameters.
+        A damaged one is told of and the one before it taken. Raises AceStepError where all are damaged, and for one
+        that was written for other parameters or by another version.
         """
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             try:
                 values = self.read_state(step)
                 weights, moments = (
@@ -114,6 +123,11 @@ class Checkpoints:
             self._check_names(step, weights, trainable_parameters(model))
             restore(model, optimizer, weights, moments)
             return TrainingState(step=step, losses=values["losses"])
+        if steps:  # to start over would write over what can perhaps be mended
+            raise AceStepError(
+                f"none of the {len(steps)} checkpoints in {self.store.url} can be used\n"
+                "  → mend the storage, or delete them to start over, or use another --exp_name"
+            )
         return None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> Store:
@@ -147,6 +161,7 @@ class Checkpoints:
         for wait in (*_RETRY_AFTER_SECONDS, None):
             try:
                 self._write_once(contents, values)
+                self._forget_old()
                 break
             except (OSError, AceStepError) as error:
                 lasting = isinstance(error, AccessDeniedError) or getattr(error, "errno", None) in _LASTING
@@ -158,7 +173,6 @@ class Checkpoints:
                         f"{f'step {kept[-1]}' if kept else 'the start'}"
                     ) from error
                 time.sleep(wait)
-        self._forget_old()
 
     def _write_once(self, contents: dict[str, Mapping[str, Tensor] | bytes], values: dict[str, Any]) -> None:
         folder = self.folder(values["step"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import threading
 
 import pytest
@@ -136,6 +137,37 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_taken(store, file
     else:
         assert len(told) == 1
         assert "step 10" in told[0]
+
+
+def test_checkpoints_of_which_none_can_be_used_are_not_written_over(store):
+    checkpoints = saved(store, 9, 10)
+    for step in (9, 10):
+        checkpoints.folder(step).write_bytes(WEIGHTS_FILE, b"")
+    told = []
+    with pytest.raises(AceStepError, match="none of the 2 checkpoints"):
+        checkpoints.load_latest(*new_run(), told.append)
+    assert len(told) == 2
+
+
+def test_a_checkpoint_of_another_version_is_refused(store):
+    checkpoints = saved(store, 1)
+    state = json.loads(checkpoints.folder(1).read_bytes(STATE_FILE))
+    checkpoints.folder(1).write_bytes(STATE_FILE, json.dumps({**state, "format": 1}).encode())
+    with pytest.raises(AceStepError, match="has the format 1"):
+        checkpoints.load_latest(*new_run(), pytest.fail)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_message_too(store, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    saved(store, 1, 2)
+    delete = Store.delete
+    monkeypatch.setattr(
+        Store, "delete", lambda self, names: fail() if "step=1" in self.url else delete(self, names)
+    )
+    with pytest.raises(AceStepError, match=r"Permission denied(?s:.*)goes on from step 3"):
+        saved(store, 3, keep_last=1)
 
 
 def fail_to_write(monkeypatch, step: int, *errors: Exception) -> None:
