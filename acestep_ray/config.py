@@ -61,7 +61,7 @@ class PrecomputeConfig:
     decode_workers: int | None = None
     """Songs that are decoded at a time; none uses the CPUs that are free."""
     encoder_workers: int | None = None
-    """Encoder actors; none chooses two a GPU, or one a node where there are none."""
+    """Encoder actors; none chooses up to four a GPU, one for every 12 GB, or one a node where there are no GPUs."""
     encoder_gpus: float | None = None
     """Share of a GPU that each encoder actor reserves; none divides the GPUs among them."""
     separate_encoders: bool = False

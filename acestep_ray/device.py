@@ -23,3 +23,8 @@ def resolve_device(name: str) -> torch.device:
             "there is no CUDA device here", where="--device cuda", fix="use --device auto or cpu"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def gpu_memory() -> int:
+    """Bytes of memory of this process's first GPU, used or not; 0 without one."""
+    return 0 if not torch.cuda.is_available() else torch.cuda.get_device_properties(0).total_memory

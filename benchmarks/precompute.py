@@ -48,6 +48,12 @@ from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 
 FORMATS = ("mp3", "flac", "wav", "ogg")
 SAMPLED_EVERY = 0.1
+VARIANTS = {
+    "together": {},
+    "two": {"encoder_workers": 2},
+    "three": {"encoder_workers": 3},
+    "apart": {"separate_encoders": True},
+}
 
 
 def write_songs(folder: Path, count: int, seconds: float, distinct: int = 4) -> list[Song]:
@@ -87,24 +93,25 @@ def bare_songs_per_second(folder: Path, songs: list[Song]) -> float:
 
 
 def stage_songs_per_second(graph: Graph, songs: list[Song], workers: int) -> float:
-    """Of the decoding stage with that many workers, once all have begun."""
+    """Of the decoding stage with that many workers, once all have begun; all songs are equally long."""
     dataset = graph.decoded(songs, len(songs))
     times = []
     for bundle in dataset.iter_internal_ref_bundles():
         times += [time.perf_counter()] * bundle.num_rows()
         del bundle
     # The first songs wait for their processes, the last ones find some idle.
-    first, last = 2 * workers, len(times) - workers
-    return (last - first) / (times[last - 1] - times[first - 1])
+    first, last = len(times) // 4, len(times) - workers
+    # A row is a batch of songs.
+    return (last - first) * len(songs) / len(times) / (times[last - 1] - times[first - 1])
 
 
 def measure_decoding(
     work: Path, checkpoint: CheckpointDir, count: int, seconds: float, cores: list[int]
 ) -> dict:
-    songs = write_songs(work / "songs", count, seconds)
+    """The decoding stage with some numbers of workers, `count` songs a worker, and the bare loop before and after."""
+    songs = write_songs(work / "songs", count * cores[-1], seconds)
     folder = work / "songs"
-    bare = bare_songs_per_second(folder, songs[:8])
-    result = {"bare_songs_per_second": round(bare, 3), "seconds": seconds, "stage": {}}
+    bare, rates = [bare_songs_per_second(folder, songs[:8])], {}
     config = PrecomputeConfig(str(folder), str(checkpoint.path), str(work / "cache"))
     for workers in cores:
         graph = Graph(
@@ -117,15 +124,22 @@ def measure_decoding(
             decode_workers=workers,
         )
         with DataContext.current(graph.context()):
-            rate = stage_songs_per_second(graph, songs, workers)
-        result["stage"][workers] = {
-            "songs_per_second": round(rate, 3),
-            "times_realtime": round(rate * seconds),
-            "of_bare_loop_per_core": round(rate / workers / bare, 3),
-        }
-    again = bare_songs_per_second(folder, songs[:8])
-    result["bare_again"] = round(again, 3)
-    return result
+            rates[workers] = stage_songs_per_second(graph, songs[: count * workers], workers)
+    bare.append(bare_songs_per_second(folder, songs[:8]))
+    mean = sum(bare) / len(bare)
+    return {
+        "bare_songs_per_second": round(mean, 3),
+        "bare_before_and_after": [round(rate, 3) for rate in bare],
+        "seconds": seconds,
+        "stage": {
+            workers: {
+                "songs_per_second": round(rate, 3),
+                "times_realtime": round(rate * seconds),
+                "of_bare_loop_per_core": round(rate / workers / mean, 3),
+            }
+            for workers, rate in rates.items()
+        },
+    }
 
 
 @contextlib.contextmanager
@@ -167,6 +181,13 @@ def gpu_utilisation() -> Iterator[list[tuple[float, float]]]:
         thread.join()
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """Seconds that the cores of this machine have worked so far, and seconds in all; Linux."""
+    user, nice, system, idle, io, *others = map(int, Path("/proc/stat").read_text().split()[1:9])
+    busy = user + nice + system + sum(others)
+    return busy, busy + idle + io
+
+
 def object_store_bytes() -> float:
     """What the object store of this machine holds now."""
     total = ray.cluster_resources().get("object_store_memory", 0)
@@ -183,10 +204,12 @@ def measure_pipeline(
         str(folder), str(checkpoint.path), str(work / f"cache-{name}"), device=device, **settings
     )
     stored: list[tuple[float, int]] = []
+    cpu: dict[float, tuple[float, float]] = {}
 
     def watch() -> float:
         ledgers = Path(config.output_dir, ".incoming", "ledgers")
         stored.append((time.time(), sum(1 for _ in ledgers.glob("*")) if ledgers.exists() else 0))
+        cpu[stored[-1][0]] = cpu_seconds()
         return 0.0
 
     started = time.time()
@@ -205,6 +228,7 @@ def measure_pipeline(
     end = next((t, n) for t, n in stored if n >= 0.9 * files)
     rate = (end[1] - begin[1]) * per_file / max(end[0] - begin[0], 1e-9)
     steady = [percent for t, percent in busy if begin[0] <= t <= end[0]]
+    cpu_busy, cpu_all = (b - a for a, b in zip(cpu[begin[0]], cpu[end[0]], strict=True))
     pools = choose_pools(config, FEATURE_GROUPS, checkpoint)
     return {
         "name": name,
@@ -215,6 +239,7 @@ def measure_pipeline(
         "steady_songs_per_second": round(rate, 2),
         "steady_times_realtime": round(rate * seconds),
         "gpu_busy_percent": round(sum(steady) / len(steady), 1) if steady else None,
+        "cpu_busy_percent": round(100 * cpu_busy / max(cpu_all, 1), 1),
         "object_store_peak_gb": round(max(held, default=0) / 1e9, 2),
         "bytes_per_song": summary.num_bytes // max(summary.samples, 1),
         "samples": summary.samples,
@@ -270,7 +295,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--sections", default="decode,pipeline,memory", help="with commas between them")
-    parser.add_argument("--songs", type=int, help="songs of each run; the default suits the device")
+    parser.add_argument(
+        "--variants", default="together,apart", help=f"of the pipeline: {', '.join(VARIANTS)}"
+    )
+    parser.add_argument("--songs", type=int, help="songs of each run, or to decode by each worker")
+    parser.add_argument("--workers", help="of the decoding stage; the default is 1, 2 and half the cores")
     parser.add_argument("--seconds", type=float, help="length of every song, 240 or, with --tiny, 10")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
     parser.add_argument(
@@ -280,6 +309,7 @@ def main() -> None:
     sections = arguments.sections.split(",")
     seconds = arguments.seconds or (10.0 if arguments.tiny else 240.0)
     cores = os.cpu_count()
+    workers = [int(n) for n in (arguments.workers or f"1,2,{cores // 2}").split(",") if int(n) <= cores]
     work = Path(tempfile.mkdtemp(prefix="precompute-benchmark-"))
     store = arguments.object_store_gb
     ray.init(
@@ -299,15 +329,15 @@ def main() -> None:
             tiny if arguments.tiny or arguments.device == "cpu" else write_released_sizes(work / "released")
         )
         if "decode" in sections:
-            workers = [1, 2] if cores < 4 else [1, 2, cores // 2, cores - 2]
-            count = arguments.songs or 8 * workers[-1]
-            results["decode"] = measure_decoding(work, tiny, count, seconds, workers)
+            results["decode"] = measure_decoding(
+                work, tiny, arguments.songs or 24, seconds, sorted(set(workers))
+            )
             print(json.dumps(results["decode"], indent=1))
         if "pipeline" in sections:
             count = arguments.songs or (200 if arguments.device == "cuda" else 12)
-            variants = {"together": {}, "apart": {"separate_encoders": True}}
             results["pipeline"] = []
-            for name, settings in variants.items():
+            for name in dict.fromkeys(arguments.variants.split(",")):
+                settings = VARIANTS[name]
                 try:
                     found = measure_pipeline(
                         work, checkpoint, count, seconds, arguments.device, name, **settings
@@ -352,6 +382,7 @@ def print_table(results: dict) -> None:
         print(
             f"{row['name']:>9}: {row['songs']} songs, steady {row['steady_songs_per_second']} songs/s "
             f"({row['steady_times_realtime']:,} x realtime), GPU busy {row['gpu_busy_percent']} %, "
+            f"CPUs {row['cpu_busy_percent']} %, "
             f"object store {row['object_store_peak_gb']} GB at most, {row['bytes_per_song']:,} bytes a song, "
             f"{row['wall_seconds']} s in all"
         )

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from acestep_ray.cache.decoding import decode_song, file_versions
-from acestep_ray.cache.encoding import Encoder
+from acestep_ray.cache.encoding import Encoder, quantise_directions
 from acestep_ray.cache.precompute import make_recipe
-from acestep_ray.cache.schema import FEATURE_GROUPS, quantise_directions
+from acestep_ray.cache.schema import FEATURE_GROUPS
 from acestep_ray.cache.songs import Song
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.data.demo import write_demo_songs
@@ -50,7 +50,8 @@ def encode_songs(checkpoint: CheckpointDir, songs: str, seconds: float, device: 
         for window in decode_song(table.root, song, recipe, file_versions(table.root, song)):
             if hasattr(window, "wave"):
                 (features,) = encoder._features([window.wave], [[]])
-                encoded.append(features)
+                ssl = {name: tensor.cpu() for name, tensor in features["ssl"].items()}
+                encoded.append({"latents": features["latents"].cpu(), "ssl": ssl})
     return encoded
 
 
@@ -59,7 +60,7 @@ def ssl_target(features: torch.Tensor, stride: int | None) -> SSLTarget:
     length = torch.tensor([len(features)])
     if stride is None:
         return SSLTarget(features[None], length)
-    kept = torch.from_numpy(quantise_directions(features[::stride].numpy()))
+    kept = quantise_directions(features[::stride])
     return SSLTarget(kept[None], length, stride)
 
 
@@ -68,7 +69,7 @@ def batch_of(
 ) -> TrainingBatch:
     """One song under the noise of a step, without text and lyrics."""
     text_dim, speaker_dim = widths
-    latents = torch.from_numpy(song["latents"]).float()[None]
+    latents = song["latents"].float()[None]
     random = torch.Generator().manual_seed(step)
     return TrainingBatch(
         latents=latents,
@@ -80,7 +81,7 @@ def batch_of(
         speaker=torch.zeros(1, speaker_dim),
         lyric_ids=torch.zeros(1, 1, dtype=torch.int64),
         lyric_mask=torch.zeros(1, 1, dtype=torch.bool),
-        ssl={name: ssl_target(torch.from_numpy(array), stride) for name, array in song["ssl"].items()},
+        ssl={name: ssl_target(features, stride) for name, features in song["ssl"].items()},
     )
 
 

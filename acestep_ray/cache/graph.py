@@ -46,6 +46,8 @@ LATENT_FRAMES_PER_SECOND = 44_100 / 512 / 8
 _PLAN_CPUS = 0.25
 _DECODE_CPUS = 1.0
 _STORE_CPUS = 0.25
+# Small tasks could be several on every core, each in a process that takes seconds of a core to start.
+_CPUS_PER_PLAN, _CPUS_PER_STORE = 8, 4
 # On a machine with few cores, so that every stage finds a place beside the encoders.
 _FEW_CPUS, _DECODE_CPUS_OF_FEW = 4, 0.5
 _SONGS_PER_LIST = 128
@@ -123,7 +125,10 @@ class Graph:
         shared = {"root": self.root, "recipe": self.recipe, "budget": self.budget}
         dataset = ray.data.from_arrow([pa.table({"list": [name]}) for name in lists])
         dataset = dataset.map_batches(
-            partial(_plan, cache=self.cache, **shared), num_cpus=_PLAN_CPUS, **_BY_BLOCK
+            partial(_plan, cache=self.cache, **shared),
+            num_cpus=_PLAN_CPUS,
+            compute=TaskPoolStrategy(size=-(-int(cpus) // _CPUS_PER_PLAN)),
+            **_BY_BLOCK,
         )
         return dataset.map_batches(
             partial(_decode, attempts=self.attempts, **shared),
@@ -148,6 +153,7 @@ class Graph:
             batch_size=1 if count < _FEW_SONGS else _BATCHES_PER_FILE,
             batch_format="pyarrow",
             num_cpus=_STORE_CPUS,
+            compute=TaskPoolStrategy(size=-(-int(ray.cluster_resources()["CPU"]) // _CPUS_PER_STORE)),
         )
 
     @cached_property

@@ -22,6 +22,7 @@ import pyarrow as pa
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import acestep_ray
 from acestep_ray.cache.graph import EncoderPool, Graph
@@ -49,6 +50,7 @@ from acestep_ray.config import PrecomputeConfig
 from acestep_ray.data.audio import MIN_SECONDS
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.songs import SongTable
+from acestep_ray.device import gpu_memory
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.ray_runtime import connect
 from acestep_ray.storage import Store
@@ -62,8 +64,10 @@ LONGEST_SECONDS = 240.0
 _FILE_CPUS = 0.5
 _FILE_RETRIES = 3
 _SONGS_PER_TASK = 128
-# Two actors a GPU: while one copies a song's audio and builds rows, the other computes.
-_ACTORS_PER_GPU = 2
+# Several actors share a GPU: while one copies a song's audio and builds rows, others compute. All models and the
+# largest pass over a 240 s song take about 8 GB.
+_ACTORS_PER_GPU, _GPU_MEMORY_PER_ACTOR = 4, 12e9
+_CPUS_PER_GPU = 2
 _GPU_SHARES = {"latents": 0.45, "ssl": 0.45, "text": 0.1}
 _LISTED_REJECTS = 10
 
@@ -257,9 +261,11 @@ def choose_pools(
     if not config.separate_encoders:
         if device == "cpu":
             return [_cpu_pool(features, config.encoder_workers or len(cores), cores)]
-        actors = config.encoder_workers or _ACTORS_PER_GPU * gpus
-        share = config.encoder_gpus if config.encoder_gpus is not None else 1 / -(-actors // gpus)
-        return [EncoderPool(features, device, actors, num_cpus=1, num_gpus=share)]
+        actors = config.encoder_workers or _actors_per_gpu() * gpus
+        together = -(-actors // gpus)
+        share = config.encoder_gpus if config.encoder_gpus is not None else 1 / together
+        num_cpus = min(1, _CPUS_PER_GPU / together)
+        return [EncoderPool(features, device, actors, num_cpus, num_gpus=share)]
     pools = []
     for group in features:
         flag = {"latents": "codec"}.get(group, group)
@@ -270,6 +276,25 @@ def choose_pools(
         share = share if share is not None else _GPU_SHARES[group]
         pools.append(EncoderPool((group,), device, actors or gpus, num_cpus=0.5, num_gpus=share))
     return pools
+
+
+def _actors_per_gpu() -> int:
+    """As many as the memory of the cluster's smallest GPU has room for."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    smallest = min(_gpu_memories(nodes))
+    if not smallest:
+        raise InputError(
+            "torch sees no GPU on a node that has one for Ray",
+            fix="install a build of torch for CUDA there, or give --device cpu",
+        )
+    return max(1, min(_ACTORS_PER_GPU, int(smallest / _GPU_MEMORY_PER_ACTOR)))
+
+
+def _gpu_memories(nodes: Sequence[str]) -> list[int]:
+    """Bytes of memory of a GPU on each of these nodes."""
+    memory = ray.remote(num_cpus=0, num_gpus=0.01)(gpu_memory)
+    places = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
+    return ray.get([memory.options(scheduling_strategy=place).remote() for place in places])
 
 
 def _cpu_pool(features: tuple[str, ...], actors: int, cores: list[float], pools: int = 1) -> EncoderPool:

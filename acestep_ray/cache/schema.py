@@ -175,17 +175,6 @@ class CachedSong:
     """Frames of the same features before the stride."""
 
 
-def quantise_directions(features: np.ndarray) -> np.ndarray:
-    """Features (frames, dim) → int8 of the same shape: each frame scaled so that its largest component is 127.
-
-    The loss is 1 − cosine, which no scale changes. A frame of zeros stays zeros.
-    """
-    features = np.asarray(features, dtype=np.float32)
-    largest = np.abs(features).max(axis=1, keepdims=True)
-    # Divided before multiplied: 127 / tiny would overflow.
-    return np.rint(features / np.where(largest > 0, largest, 1) * 127).astype(np.int8)
-
-
 def array_to_bytes(array: np.ndarray) -> bytes:
     """An array as the cache stores it: little-endian, C order."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

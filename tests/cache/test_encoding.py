@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torch.nn.functional as F
 
-from acestep_ray.cache.encoding import Encoder
-from acestep_ray.cache.schema import SAMPLE_SCHEMA, quantise_directions
+from acestep_ray.cache.encoding import Encoder, quantise_directions
+from acestep_ray.cache.schema import SAMPLE_SCHEMA
 from acestep_ray.cache.songs import Reject
 from tests.cache.conftest import (
     RECIPE,
@@ -53,7 +54,21 @@ def test_the_frame_stride_keeps_every_nth_frame_and_the_count_of_all(encoder):
     mert = next(entry for entry in row["ssl"] if entry["name"] == "mert")
     kept = np.frombuffer(mert["directions"], np.int8).reshape(-1, SSL_DIMS["mert"])
     assert mert["frames"] == len(features)
-    np.testing.assert_array_equal(kept, quantise_directions(features[::4].numpy()))
+    np.testing.assert_array_equal(kept, quantise_directions(features[::4]).numpy())
+
+
+def test_quantised_directions_point_where_the_features_did():
+    features = torch.randn(200, 768, generator=torch.Generator().manual_seed(0))
+    features *= torch.logspace(-20, 20, 200)[:, None]  # only the direction counts
+    restored = quantise_directions(features)
+    restored, features = (F.normalize(x.double(), dim=1, eps=0) for x in (restored, features))
+    assert (restored * features).sum(dim=1).min() > 0.999
+
+
+def test_quantised_frames_use_the_whole_range_and_zeros_stay_zeros():
+    quantised = quantise_directions(torch.tensor([[0.0, 0.0], [0.5, -1e-30], [-3.0, 1.5]]))
+    assert quantised.dtype == torch.int8
+    assert quantised.tolist() == [[0, 0], [127, 0], [-127, 64]]
 
 
 def test_a_language_that_is_not_supported_is_a_reject(encoder):

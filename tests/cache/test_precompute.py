@@ -20,7 +20,13 @@ from acestep_ray.cache import precompute as precompute_module
 from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.graph import EncoderPool
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.precompute import PrecomputeSummary, choose_pools, make_recipe, precompute
+from acestep_ray.cache.precompute import (
+    PrecomputeSummary,
+    _actors_per_gpu,
+    choose_pools,
+    make_recipe,
+    precompute,
+)
 from acestep_ray.cache.progress import Progress
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import FEATURE_GROUPS
@@ -313,6 +319,7 @@ def pools(
 ) -> list[EncoderPool]:
     alive = [{"Alive": True, "Resources": resources} for resources in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"GPU": 9, "CPU": 1}}])
+    monkeypatch.setattr("acestep_ray.cache.precompute._actors_per_gpu", lambda: 4)
     return choose_pools(replace(config, device="auto"), FEATURE_GROUPS, checkpoint)
 
 
@@ -325,9 +332,9 @@ def pools(
         ([{"CPU": 64}], 4, ("cpu", 4, 15, 0)),
         ([{"CPU": 2}], 4, ("cpu", 4, 0.25, 0)),
         ([{"CPU": 8}, {"CPU": 16}, {"memory": 1}], None, ("cpu", 2, 7, 0)),
-        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], None, ("cuda", 8, 1, 0.5)),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], None, ("cuda", 16, 0.5, 0.25)),
         ([{"CPU": 8, "GPU": 2}], 2, ("cuda", 2, 1, 1)),
-        ([{"CPU": 8, "GPU": 2}], 5, ("cuda", 5, 1, 1 / 3)),
+        ([{"CPU": 8, "GPU": 2}], 5, ("cuda", 5, 2 / 3, 1 / 3)),
     ],
 )
 def test_encoders_leave_room_for_decoding_and_share_the_gpus(
@@ -336,6 +343,25 @@ def test_encoders_leave_room_for_decoding_and_share_the_gpus(
     (pool,) = pools(monkeypatch, replace(config, encoder_workers=workers), checkpoint, nodes)
     assert (pool.device, pool.actors, pool.num_cpus, pool.num_gpus) == expected
     assert pool.features == FEATURE_GROUPS
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "actors"), [([80], 4), ([140, 24], 2), ([48, 48], 4), ([16], 1), ([8], 1)]
+)
+def test_a_gpu_is_shared_by_as_many_encoders_as_fit_the_smallest(monkeypatch, gigabytes, actors):
+    nodes = [{"NodeID": n, "Alive": True, "Resources": {"GPU": 1}} for n in range(len(gigabytes))]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"NodeID": 9, "Alive": True, "Resources": {"CPU": 1}}])
+    monkeypatch.setattr(
+        "acestep_ray.cache.precompute._gpu_memories", lambda ids: [1e9 * gigabytes[n] for n in ids]
+    )
+    assert _actors_per_gpu() == actors
+
+
+def test_a_gpu_that_torch_does_not_see_is_told_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "n", "Alive": True, "Resources": {"GPU": 1}}])
+    monkeypatch.setattr("acestep_ray.cache.precompute._gpu_memories", lambda ids: [0])
+    with pytest.raises(InputError, match="torch sees no GPU"):
+        _actors_per_gpu()
 
 
 def test_separate_encoders_have_resources_of_their_own(monkeypatch, config, checkpoint):

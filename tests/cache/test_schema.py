@@ -1,34 +1,15 @@
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
 from acestep_ray.cache.schema import (
     hash_of,
-    quantise_directions,
     table_from_bytes,
     table_to_bytes,
     write_json,
 )
 from acestep_ray.storage import Store
-
-
-def test_quantised_directions_point_where_the_features_did():
-    features = np.random.default_rng(0).standard_normal((200, 768))
-    features *= np.logspace(-20, 20, 200)[:, None]  # only the direction counts
-    restored = quantise_directions(features.astype(np.float32)).astype(np.float64)
-    cosine = (
-        (restored * features).sum(1) / np.linalg.norm(restored, axis=1) / np.linalg.norm(features, axis=1)
-    )
-    assert cosine.min() > 0.999
-
-
-def test_quantised_frames_use_the_whole_range_and_zeros_stay_zeros():
-    with np.errstate(invalid="raise"):
-        quantised = quantise_directions(np.array([[0.0, 0.0], [0.5, -1e-30], [-3.0, 1.5]]))
-    assert quantised.dtype == np.int8
-    assert quantised.tolist() == [[0, 0], [127, 0], [-127, 64]]
 
 
 def test_json_is_written_whole_and_readable(tmp_path):
