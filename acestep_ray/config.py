@@ -90,7 +90,9 @@ class TrainConfig:
     checkpoint_dir: str
     """Checkpoint directory of the base model, in the released layout."""
     lora_config_path: str | None = None
-    """JSON file with the LoRA configuration (any field of PEFT's LoraConfig)."""
+    """JSON file with the LoRA configuration (any field of PEFT's LoraConfig); none trains the model's own weights."""
+    train_parameters: str | None = None
+    """Without a LoRA: the modules or parameters to train, with commas, `*` for anything; none trains all."""
     exp_name: str = "text2music_train_test"
     """Name of the experiment: its files lie in `exps/EXP_NAME`, its logs in LOGGER_DIR/EXP_NAME."""
     exp_dir: str = "./exps"
@@ -116,11 +118,17 @@ class TrainConfig:
     accumulate_grad_batches: int = 1
     """Micro-batches that each worker accumulates before an optimizer step."""
     devices: int = 1
-    """Workers, one GPU each where there are GPUs."""
+    """Workers on each node, one GPU each where there are GPUs."""
+    num_nodes: int = 1
+    """Nodes; with `devices` on each."""
+    min_devices: int | None = None
+    """Workers in all with which the run also goes on when machines are lost; none waits for all of them."""
+    max_failures: int = 3
+    """Times that lost workers are started again, from the last checkpoint."""
     device: str = "auto"
     """Device to train on: auto, cpu or cuda."""
     precision: str = "bf16-mixed"
-    """bf16-mixed or 32 (`fp32` says the same)."""
+    """bf16-mixed, bf16-true (frozen weights stored in bfloat16), 16-mixed, or 32 (`fp32` says the same)."""
     gradient_clip_val: float = 0.5
     """Largest norm of the gradient, or with `gradient_clip_algorithm: value` its largest element."""
     gradient_clip_algorithm: str = "norm"
@@ -135,20 +143,32 @@ class TrainConfig:
     """Probability that a sample's speaker embedding is dropped."""
     lyric_dropout: float = 0.15
     """Probability that a sample's lyrics are dropped."""
-    activation_checkpointing: bool = False
-    """Recompute every block in the backward pass: less memory, about a third slower."""
+    activation_checkpointing: float = 0.0
+    """Share of the blocks, 0 to 1, that are computed again in the backward pass: less memory, up to a third slower."""
+    cpu_offload: bool = False
+    """Without a LoRA: keep weights, gradients and the optimizer in the host's memory."""
     num_workers: int = 8
     """Threads that read the cache ahead of the model; songs without a cache take one, 0 reads nothing ahead."""
+    reload_dataloaders_every_n_epochs: int = 1
+    """Epochs after which the songs get a new order; 0 keeps the first one."""
     every_n_train_steps: int = 2000
     """Steps between checkpoints; the last step always writes one."""
+    ckpt_path: str | None = None
+    """Checkpoint of another run to start from, EXP/checkpoints/step=N; a run with checkpoints of its own does not."""
     allow_changes: bool = False
     """Go on with a run although its songs, model or settings are not those that it was started with."""
     max_skipped_steps: int = 10
     """Steps in a row without a finite loss, which are skipped, after which the run stops."""
     keep_last: int = 0
-    """Checkpoints that are kept, besides the one with the lowest fixed-noise loss; 0 keeps all."""
+    """Checkpoints that are kept, besides the one with the lowest validation loss; 0 keeps all."""
+    val_songs: int | None = None
+    """Recordings held out from training for the validation loss; none takes one in twenty, at most eight."""
+    val_check_interval: int | None = None
+    """Steps between validations; none takes `every_plot_step`."""
+    early_stopping_patience: int = 0
+    """Validations in a row without a lower loss after which the run ends; 0 never ends it."""
     every_plot_step: int = 2000
-    """Steps between validations: the fixed-noise loss and a generated sample."""
+    """Steps between generated samples, and between validations."""
     plot_seconds: float | None = None
     """Length of the generated samples; none takes the length of the first song."""
     seed: int = 1234
@@ -163,6 +183,8 @@ class GenerateConfig:
     """Checkpoint directory of the base model, in the released layout."""
     output_path: str
     """Audio file to write (.wav, .flac, .ogg or .mp3); its mel picture lies beside it as .png."""
+    transformer_path: str | None = None
+    """Fine-tuned transformer to take instead of the checkpoint's: the folder that training all weights wrote."""
     prompt: str = ""
     """Tags or a description of the music."""
     lyrics: str = ""

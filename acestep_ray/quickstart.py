@@ -54,7 +54,7 @@ class QuickstartSummary:
             ("cache", f"{self.cached.output_dir} ({self.cached.samples} songs)"),
             ("rejected", f"{len(self.cached.rejects)} songs: {rejected}" if self.cached.rejects else "none"),
             *(("", f"{reject.key}: {reject.message}") for reject in self.cached.rejects),
-            ("LoRA", f"{self.trained.lora}"),
+            ("LoRA", f"{self.trained.result}"),
             (
                 "loss",
                 f"{self.trained.first_loss:.4f} → {self.trained.last_loss:.4f} from the first step to step "
@@ -111,7 +111,7 @@ def quickstart(config: QuickstartConfig) -> QuickstartSummary:
         checkpoint_dir=str(checkpoint),
         output_path=str(output / "music.wav"),
         duration=GENERATED_SECONDS,
-        lora_path=str(trained.lora),
+        lora_path=str(trained.result),
         device=device,
         seed=config.seed,
         infer_steps=30,

@@ -6,9 +6,12 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable
 
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from acestep_ray.errors import InputError
 
@@ -42,6 +45,61 @@ def connect() -> None:
 def has_gpus() -> bool:
     """Whether the joined cluster has GPUs."""
     return ray.cluster_resources().get("GPU", 0) > 0
+
+
+class _Flag:
+    """An actor that somebody raises once."""
+
+    def __init__(self):
+        self.is_raised = False
+
+    def raise_it(self) -> None:
+        self.is_raised = True
+
+    def look(self) -> bool:
+        return self.is_raised
+
+
+class StopSignal:
+    """The driver's wish that its workers come to an end, which they look for as often as they like."""
+
+    INTERVAL_SECONDS = 1.0
+
+    def __init__(self):
+        self._flag = ray.remote(num_cpus=0)(_Flag).remote()
+
+    def request(self) -> None:
+        """Ask the workers to stop."""
+        self._flag.raise_it.remote()
+
+    @property
+    def asked(self) -> Callable[[], bool]:
+        """Whether the driver has asked; can be sent to a worker. It answers at once, a second old at most."""
+        return _Looker(self._flag, self.INTERVAL_SECONDS)
+
+
+class _Looker:
+    """Looks at a flag from a thread of its own, once it is asked for the first time."""
+
+    def __init__(self, flag: ActorHandle, interval: float):
+        self.flag = flag
+        self.interval = interval
+        self.is_raised = False
+        self.thread: threading.Thread | None = None
+
+    def __call__(self) -> bool:
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._look, daemon=True)
+            self.thread.start()
+        return self.is_raised
+
+    def _look(self) -> None:
+        while not self.is_raised:
+            try:
+                self.is_raised = ray.get(self.flag.look.remote())
+            except RayActorError:
+                return  # the driver is gone, and Ray ends this process too
+            time.sleep(self.interval)
 
 
 class _Lines:

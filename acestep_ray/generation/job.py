@@ -52,7 +52,7 @@ def generate(config: GenerateConfig) -> GenerateSummary:
     device = resolve_device(config.device)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
     condition = encode_condition(config, checkpoint, device)
-    transformer = checkpoint.load_transformer(device=device)
+    transformer = checkpoint.load_transformer(device=device, directory=config.transformer_path)
     if config.lora_path is not None:
         merge_lora(transformer, config.lora_path, config.lora_weight)
     precision = PRECISIONS[config.precision]

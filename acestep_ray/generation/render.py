@@ -49,9 +49,15 @@ def render(
         shift=shift,
         on_step=on_step,
     )
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        decode = codec.decode_overlapped if overlapped else codec.decode
-        return decode(latents.float())[0].clamp(-1, 1).cpu().numpy()
+    return decode(codec, latents, overlapped=overlapped)
+
+
+@torch.no_grad()
+def decode(codec: MusicCodec, latents: Tensor, *, overlapped: bool = False) -> np.ndarray:
+    """Latents (1, 8, 16, W) → sound (2, samples) float32 at 48 kHz, within [−1, 1]."""
+    with torch.autocast(latents.device.type, enabled=False):
+        to_sound = codec.decode_overlapped if overlapped else codec.decode
+        return to_sound(latents.float())[0].clamp(-1, 1).cpu().numpy()
 
 
 def write_audio(path: Path, waveform: np.ndarray) -> None:

@@ -79,13 +79,18 @@ class CheckpointDir:
         return cls(root, transformer_config, ssl_names)
 
     def load_transformer(
-        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        directory: str | Path | None = None,
     ) -> ACEStepTransformer:
         """The transformer in `dtype`, trainable, one copy in memory; parameters that it never uses are left out.
 
-        Raises `InputError` with every missing, unexpected or misshapen name.
+        `directory` holds a fine-tuned one, to be taken instead. Raises `InputError` with every missing, unexpected or
+        misshapen name.
         """
-        directory = self.path / TRANSFORMER
+        directory = self.path / TRANSFORMER if directory is None else Path(directory)
         transformer = build_on_meta(lambda: ACEStepTransformer(self.transformer_config), directory)
         load_weights(transformer, directory, dtype=dtype, device=device, ignore=is_unused_parameter)
         return transformer

@@ -289,7 +289,8 @@ class ACEStepTransformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing = 0.0
+        """Share of the blocks, evenly spread, whose activations are computed again in the backward pass."""
         dim = config.inner_dim
         self.proj_in = PatchEmbedding(config)
         self.timestep_embedder = TimestepEmbedder(dim)
@@ -375,7 +376,7 @@ class ACEStepTransformer(nn.Module):
         x = self.proj_in(latents, frame_mask)
         taps: dict[int, Tensor] = {}
         for depth, block in enumerate(self.transformer_blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self._recomputes(depth) and torch.is_grad_enabled():
                 x = recompute(block, x, frame_mask, block_time, condition, angles, use_reentrant=False)
             else:
                 x = block(x, frame_mask, block_time, condition, angles)
@@ -398,6 +399,10 @@ class ACEStepTransformer(nn.Module):
     ) -> TransformerOutput:
         """`decode` with what `encode_condition` makes of `condition`, in one call, as training needs it."""
         return self.decode(latents, timesteps, self.encode_condition(**condition), frame_mask, with_ssl)
+
+    def _recomputes(self, depth: int) -> bool:
+        share = self.activation_checkpointing
+        return math.floor((depth + 1) * share) > math.floor(depth * share)
 
     def _rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_angles(positions, self.config.attention_head_dim, self.config.rope_theta)

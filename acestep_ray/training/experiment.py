@@ -30,6 +30,9 @@ _SETTINGS = (
     "precision",
     "shift",
     "ssl_coeff",
+    "train_parameters",
+    "reload_dataloaders_every_n_epochs",
+    "val_songs",
     "text_dropout",
     "speaker_dropout",
     "lyric_dropout",
@@ -37,15 +40,17 @@ _SETTINGS = (
 
 
 def run_identity(
-    config: TrainConfig, lora: Mapping[str, Any], *, songs: str, transformer: str
+    config: TrainConfig, lora: Mapping[str, Any] | None, *, songs: str, transformer: str
 ) -> dict[str, Any]:
     """What decides a run's numbers, by the name that a user knows it by; `songs` and `transformer` are fingerprints.
 
     How many workers share a step's micro-batches decides nothing, their number in a step does.
     """
     identity = {f"--{name}": getattr(config, name) for name in _SETTINGS}
-    identity["--devices × --accumulate_grad_batches"] = config.devices * config.accumulate_grad_batches
-    identity.update({f"LoRA {name}": value for name, value in lora.items()})
+    identity["--devices × --num_nodes × --accumulate_grad_batches"] = (
+        config.devices * config.num_nodes * config.accumulate_grad_batches
+    )
+    identity.update({f"LoRA {name}": value for name, value in (lora or {}).items()})
     return {
         "songs of --dataset_path": songs,
         "transformer of --checkpoint_dir": transformer,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -32,9 +33,10 @@ from acestep_ray.data.songs import SongTable
 from acestep_ray.device import check_device_name
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.export.transformer import export_transformer
 from acestep_ray.models.checkpoint import CheckpointDir, file_sha256
 from acestep_ray.models.transformer import ACEStepTransformer
-from acestep_ray.ray_runtime import Console, connect, has_gpus
+from acestep_ray.ray_runtime import Console, StopSignal, connect, has_gpus
 from acestep_ray.storage import Store
 from acestep_ray.tracking import end_mlflow_run, mlflow_uri, start_mlflow_run
 from acestep_ray.training.experiment import (
@@ -44,9 +46,11 @@ from acestep_ray.training.experiment import (
     only_run,
     run_identity,
 )
+from acestep_ray.training.holdout import hold_out, recordings_of_cache
 from acestep_ray.training.lora import add_lora, read_lora_config
+from acestep_ray.training.model import choose_trained
 from acestep_ray.training.scan import SONGS, read_songs, scan
-from acestep_ray.training.state import Checkpoints
+from acestep_ray.training.state import Checkpoints, best_step, locate_checkpoint
 from acestep_ray.training.streaming import Stream
 from acestep_ray.training.worker import (
     TrainingDivergedError,
@@ -56,7 +60,12 @@ from acestep_ray.training.worker import (
     train_worker,
 )
 
-PRECISIONS = {"bf16-mixed": "bf16-mixed", "32": "32", "32-true": "32", "fp32": "32"}
+PRECISIONS = {
+    "bf16-mixed": "bf16-mixed",
+    "bf16-true": "bf16-true",
+    "16-mixed": "16-mixed",
+    **dict.fromkeys(("32", "32-true", "fp32"), "32"),
+}
 LIMITS = (
     (
         (
@@ -64,6 +73,7 @@ LIMITS = (
             "batch_size",
             "accumulate_grad_batches",
             "devices",
+            "num_nodes",
             "every_n_train_steps",
             "every_plot_step",
         ),
@@ -72,18 +82,30 @@ LIMITS = (
     ),
     (("learning_rate", "gradient_clip_val", "shift"), lambda value: value > 0, "above 0"),
     (
-        ("weight_decay", "ssl_coeff", "warmup_steps", "num_workers", "seed", "keep_last"),
+        (
+            "weight_decay",
+            "ssl_coeff",
+            "warmup_steps",
+            "num_workers",
+            "seed",
+            "keep_last",
+            "max_failures",
+            "early_stopping_patience",
+            "reload_dataloaders_every_n_epochs",
+        ),
         lambda value: value >= 0,
         "0 or more",
     ),
+    (("val_songs",), lambda value: value is None or value >= 0, "0 or more"),
+    (("val_check_interval", "min_devices"), lambda value: value is None or value >= 1, "at least 1"),
     (
-        ("text_dropout", "speaker_dropout", "lyric_dropout"),
+        ("text_dropout", "speaker_dropout", "lyric_dropout", "activation_checkpointing"),
         lambda value: 0 <= value <= 1,
-        "a probability, 0 to 1",
+        "0 to 1",
     ),
 )
-# A worker that dies is started again this often, from the last checkpoint.
-MAX_FAILURES = 3
+EXPORT_FOLDER = "ace_step_transformer"
+_SIGNAL_SECONDS = 0.2
 
 
 @dataclass
@@ -95,13 +117,20 @@ class TrainSummary:
     last_loss: float
     fixed_noise: dict[str, float]
     """Fixed-noise loss by step."""
-    lora: Path
+    result: Path
+    """The LoRA file of the last checkpoint, or the folder of the fine-tuned transformer."""
     samples: list[Path]
     experiment: Path
     tracking_uri: str | None
     wall_seconds: float
     finished_before: bool
     """Whether there was nothing left to do."""
+    validation: dict[str, float]
+    """Loss of the held-out songs by step."""
+    stopped_early: int | None
+    """The step at which the validation loss had not fallen for long enough."""
+    best: int | None
+    """Step of the checkpoint with the lowest validation loss."""
 
     def render(self) -> str:
         """The summary as text."""
@@ -117,7 +146,14 @@ class TrainSummary:
             lines.append(
                 f"fixed     {values[0]:.4f} → {values[-1]:.4f} (same songs, same noise, before and after)"
             )
-        lines.append(f"LoRA      {self.lora}")
+        if len(self.validation) > 1:
+            values = list(self.validation.values())
+            lines.append(f"held out  {values[0]:.4f} → {values[-1]:.4f} (songs that were not trained on)")
+        if self.stopped_early is not None:
+            lines.append(f"stopped   at step {self.stopped_early}: the validation loss did not fall any more")
+        if self.best not in (None, self.steps):
+            lines.append(f"best      step {self.best} had the lowest validation loss")
+        lines.append(f"result    {self.result}")
         lines += [f"sample    {path}" for path in self.samples[-1:]]
         if self.tracking_uri is not None:
             lines.append(f"MLflow    mlflow ui --backend-store-uri {self.tracking_uri}")
@@ -125,12 +161,15 @@ class TrainSummary:
 
 
 def train(config: TrainConfig) -> TrainSummary:
-    """Train a LoRA, from its last checkpoint if there is one. Raises InputError before work starts."""
+    """Train a LoRA or the model's own weights, from the last checkpoint if there is one.
+
+    Raises InputError before work starts, and KeyboardInterrupt where the user ended it, with a checkpoint.
+    """
     started = time.monotonic()
     config = check_train_config(config)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
-    lora = read_lora_config(config.lora_config_path)
-    check_lora_fits(lora, checkpoint, config.lora_config_path)
+    lora = None if config.lora_config_path is None else read_lora_config(config.lora_config_path)
+    check_model(config, lora, checkpoint)
     tracking_uri = mlflow_uri(config.tracking_uri, Path(config.logger_dir))
 
     experiment = Path(config.exp_dir).resolve() / config.exp_name
@@ -143,7 +182,10 @@ def train(config: TrainConfig) -> TrainSummary:
     with only_run(experiment):
         connect()
         use_gpu = resolve_training_device(config)
-        lengths, fingerprint, stream = find_songs(songs, checkpoint, config, Store.at(experiment), use_gpu)
+        found = find_songs(songs, checkpoint, config, Store.at(experiment), use_gpu)
+        held_out = hold_out(found.recordings, config.val_songs)
+        if len(held_out):
+            print(f"{len(held_out)} of {len(found.recordings)} songs are held out for validation", flush=True)
         settings = WorkerSettings(
             config=config,
             lora=lora,
@@ -151,11 +193,12 @@ def train(config: TrainConfig) -> TrainSummary:
             samples=experiment / "samples",
             log_dir=log_dir,
             mlflow_run=None,
-            total_steps=count_steps(lengths, config),
-            stream=stream,
+            total_steps=count_steps(found.latent_frames, config, held_out),
+            stream=found.stream,
+            held_out=tuple(held_out.tolist()),
         )
         identity = run_identity(
-            config, lora, songs=fingerprint, transformer=checkpoint.fingerprint("transformer")
+            config, lora, songs=found.fingerprint, transformer=checkpoint.fingerprint("transformer")
         )
         if Checkpoints(settings.checkpoints).steps():
             check_unchanged(experiment, identity, allow_changes=config.allow_changes)
@@ -170,12 +213,15 @@ def train(config: TrainConfig) -> TrainSummary:
         first_loss=losses.get("first", math.nan),
         last_loss=losses.get("last", math.nan),
         fixed_noise=losses["fixed_noise"],
-        lora=Checkpoints(settings.checkpoints).folder(losses["step"]).path / LORA_FILE,
+        result=find_result(settings, checkpoint, losses["step"], experiment),
         samples=sorted(settings.samples.rglob("*.wav"), key=lambda path: path.stat().st_mtime),
         experiment=experiment,
         tracking_uri=tracking_uri,
         wall_seconds=time.monotonic() - started,
         finished_before=done is not None,
+        validation=losses["validation"],
+        stopped_early=losses.get("stopped_early"),
+        best=best_step(losses, Checkpoints(settings.checkpoints).steps()),
     )
 
 
@@ -186,18 +232,30 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
             if not allowed(getattr(config, name)):
                 raise InputError(f"must be {rule}", where=f"--{name} {getattr(config, name)}")
     if config.precision not in PRECISIONS:
-        raise InputError("unknown precision", where=f"--precision {config.precision}", fix="bf16-mixed or 32")
+        raise InputError(
+            "unknown precision",
+            where=f"--precision {config.precision}",
+            fix=", ".join(sorted(set(PRECISIONS.values()))),
+        )
     if config.gradient_clip_algorithm not in ("norm", "value"):
         where = f"--gradient_clip_algorithm {config.gradient_clip_algorithm}"
         raise InputError("unknown way to clip gradients", where=where, fix="norm or value")
     if Path(config.exp_name).name != config.exp_name or config.exp_name in (".", ".."):
         raise InputError("not a plain name", where=f"--exp_name {config.exp_name!r}", fix="use no slashes")
-    if config.lora_config_path is None:
+    for name in ("train_parameters", "cpu_offload"):
+        if config.lora_config_path is not None and getattr(config, name):
+            raise InputError(
+                "this is for training the model's own weights",
+                where=f"--{name} {getattr(config, name)}",
+                fix="leave it out, or leave out --lora_config_path",
+            )
+    workers = config.devices * config.num_nodes
+    if config.min_devices is not None and config.min_devices > workers:
         raise InputError(
-            "no LoRA configuration",
-            where="--lora_config_path",
-            fix="give lora_config.json; training all weights is not there yet",
+            f"more than the {workers} workers of the run", where=f"--min_devices {config.min_devices}"
         )
+    if config.ckpt_path is not None:
+        locate_checkpoint(config.ckpt_path)
     check_device_name(config.device)
     return replace(
         config,
@@ -205,13 +263,18 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         # Workers have a working directory of their own.
         checkpoint_dir=str(Path(config.checkpoint_dir).resolve()),
         dataset_path=Store.at(config.dataset_path).url,
+        ckpt_path=config.ckpt_path and Store.at(config.ckpt_path).url,
     )
 
 
-def check_lora_fits(lora: dict, checkpoint: CheckpointDir, where: str) -> None:
-    """Raise InputError when the LoRA configuration names modules that the model lacks; needs no weights."""
+def check_model(config: TrainConfig, lora: dict | None, checkpoint: CheckpointDir) -> None:
+    """Raise InputError when what is to be trained is nothing that the model has; needs no weights."""
     with torch.device("meta"):
-        add_lora(ACEStepTransformer(checkpoint.transformer_config), lora, where)
+        transformer = ACEStepTransformer(checkpoint.transformer_config)
+        if lora is not None:
+            add_lora(transformer, lora, config.lora_config_path)
+        else:
+            choose_trained(transformer, config.train_parameters, with_ssl=config.ssl_coeff > 0)
 
 
 def resolve_training_device(config: TrainConfig) -> bool:
@@ -219,10 +282,12 @@ def resolve_training_device(config: TrainConfig) -> bool:
     use_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus())
     resource = "GPU" if use_gpu else "CPU"
     available = int(ray.cluster_resources().get(resource, 0))
-    if available < config.devices:
+    workers = config.devices * config.num_nodes
+    if available < (config.min_devices or workers):
         raise InputError(
-            f"{config.devices} workers need a {resource} each, and there are {available}",
-            where=f"--devices {config.devices}",
+            f"{workers} workers need a {resource} each, and there are {available}",
+            where=f"--devices {config.devices}"
+            + (f" --num_nodes {config.num_nodes}" * (config.num_nodes > 1)),
             fix="use fewer devices, or a larger cluster",
         )
     return use_gpu
@@ -247,20 +312,36 @@ def open_songs(config: TrainConfig, checkpoint: CheckpointDir) -> CacheIndex | S
     return songs
 
 
+@dataclass(frozen=True)
+class Songs:
+    """The usable songs of a run, sorted by key."""
+
+    latent_frames: np.ndarray
+    """(songs,)."""
+    recordings: list[str]
+    """Which rows are of one recording: equal names."""
+    fingerprint: str
+    stream: Stream | None
+    """Where there is no cache."""
+
+
 def find_songs(
     songs: CacheIndex | SongTable,
     checkpoint: CheckpointDir,
     config: TrainConfig,
     experiment: Store,
     use_gpu: bool,
-) -> tuple[np.ndarray, str, Stream | None]:
-    """Latent frames of the usable songs (songs,), their fingerprint, and the stream where there is no cache."""
+) -> Songs:
+    """The songs of the cache, or of the scan that finds out which can be used."""
     if isinstance(songs, CacheIndex):
-        return songs.latent_frames, songs.fingerprint, None
+        recordings = recordings_of_cache(songs)
+        return Songs(songs.latent_frames, recordings, songs.fingerprint, stream=None)
     stream = scan_for_stream(songs, checkpoint, config, experiment, use_gpu)
     encoders = [checkpoint.fingerprint(part) for part in ("codec", "text_encoder", *checkpoint.ssl_names)]
     fingerprint = hash_of(encoders, stream.recipe.models, file_sha256(experiment.path / SONGS))
-    return read_songs(stream.scan)["latent_frames"].to_numpy(), fingerprint, stream
+    table = read_songs(stream.scan)
+    recordings = [json.loads(song)["filename"] for song in table["song"].to_pylist()]
+    return Songs(table["latent_frames"].to_numpy(), recordings, fingerprint, stream)
 
 
 def scan_for_stream(
@@ -290,9 +371,9 @@ def scan_for_stream(
     return Stream(songs.root, experiment, str(checkpoint.path), replace(recipe, settings=encoding))
 
 
-def count_steps(latent_frames: np.ndarray, config: TrainConfig) -> int:
+def count_steps(latent_frames: np.ndarray, config: TrainConfig, held_out: Sequence[int] = ()) -> int:
     """Steps of the run over songs of these lengths, (songs,). Raises InputError where a song fits into no batch."""
-    plan = build_plan(latent_frames, config)
+    plan = build_plan(latent_frames, config, held_out)
     if config.epochs > 0:
         return min(config.max_steps, plan.steps_in_epochs(config.epochs))
     return config.max_steps
@@ -323,9 +404,17 @@ def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: Train
 def finished_losses(settings: WorkerSettings) -> dict | None:
     """The losses of a run that has done all its steps; None for one that has not."""
     state = Checkpoints(settings.checkpoints).latest_state()
-    if state is None or state["step"] < settings.total_steps:
+    if state is None or (state["step"] < settings.total_steps and "stopped_early" not in state["losses"]):
         return None
     return {"step": state["step"], **state["losses"]}
+
+
+def find_result(settings: WorkerSettings, checkpoint: CheckpointDir, step: int, experiment: Path) -> Path:
+    """The LoRA file of a checkpoint, or the whole transformer, which is written from it."""
+    checkpoints = Checkpoints(settings.checkpoints)
+    if settings.lora is not None:
+        return checkpoints.folder(step).path / LORA_FILE
+    return export_transformer(checkpoint, checkpoints.read_weights(step), experiment / EXPORT_FOLDER)
 
 
 def prepare_experiment(
@@ -345,13 +434,18 @@ def prepare_experiment(
 
 
 def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
-    """Run the loop on Ray Train's workers; returns the first worker's losses."""
-    console = Console()
+    """Run the loop on Ray Train's workers; returns the first worker's losses.
+
+    Raises KeyboardInterrupt where the user ended the run.
+    """
+    config = settings.config
+    console, stop = Console(), StopSignal()
+    workers = config.devices * config.num_nodes
     trainer = TorchTrainer(
         # Not as `train_loop_config`, which Ray Train's controller would unpickle too, seconds of imports for nothing.
-        partial(run_worker, settings, console.say),
+        partial(run_worker, settings, console.say, stop.asked),
         scaling_config=ScalingConfig(
-            num_workers=settings.config.devices,
+            num_workers=workers if config.min_devices in (None, workers) else (config.min_devices, workers),
             use_gpu=use_gpu,
             resources_per_worker=reserved_by_worker(settings, use_gpu),
         ),
@@ -359,15 +453,22 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
             # Ray keeps its book of checkpoints in the folder where we write them.
             storage_path=str(settings.checkpoints.path.parent),
             name=settings.checkpoints.path.name,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
     status = "FAILED"
     try:
-        with console, interruptible():
-            outcome = trainer.fit().return_value
+        with console:
+            result, interrupted = fit_interruptibly(trainer.fit, stop.request)
+        outcome = result.return_value
         if isinstance(outcome, AceStepError):
             raise outcome
+        if interrupted and outcome["step"] < settings.total_steps:
+            print(
+                f"stopped at step {outcome['step']}, which is saved: the same command goes on from there",
+                flush=True,
+            )
+            raise KeyboardInterrupt
         status = "FINISHED"
         return outcome
     except TrainingFailedError as error:
@@ -381,30 +482,56 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
             end_mlflow_run(settings.mlflow_run, status)
 
 
+def fit_interruptibly(fit: Callable[[], Any], stop: Callable[[], None]) -> tuple[Any, bool]:
+    """Call `fit`; returns its result, and whether it was asked to come to an end.
+
+    SIGINT (Ctrl-C) and SIGTERM ask for that through `stop`, so that the last step is saved; a second one raises
+    KeyboardInterrupt at once. Away from the main thread, signals are somebody else's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return fit(), False
+    signals: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+        print("stopping after this step, with a checkpoint; once more ends it at once", flush=True)
+        stop()
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # In a thread of its own Ray Train does not take the signals over.
+    outcome: Future[Any] = Future()
+    thread = threading.Thread(target=_fulfil, args=(outcome, fit), daemon=True)
+    try:
+        thread.start()
+        while not outcome.done():
+            thread.join(timeout=_SIGNAL_SECONDS)
+        return outcome.result(), bool(signals)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _fulfil(outcome: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        outcome.set_result(work())
+    except BaseException as error:
+        outcome.set_exception(error)
+
+
 def reserved_by_worker(settings: WorkerSettings, use_gpu: bool) -> dict[str, float] | None:
     """What each worker reserves, None for Ray's default: where songs are streamed, half of the CPUs decode."""
     if settings.stream is None or use_gpu:
         return None
-    share = ray.cluster_resources()["CPU"] / 2 / settings.config.devices
+    workers = settings.config.devices * settings.config.num_nodes
+    share = ray.cluster_resources()["CPU"] / 2 / workers
     return {"CPU": min(1.0, math.floor(share * 1000) / 1000)}
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C as a KeyboardInterrupt: Ray Train takes the signal over, ends the run in order, and calls `sys.exit`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def run_worker(settings: WorkerSettings, say: Callable[[str], None]) -> dict | AceStepError:
+def run_worker(
+    settings: WorkerSettings, say: Callable[[str], None], asked_to_stop: Callable[[], bool]
+) -> dict | AceStepError:
     """What Ray Train runs in each worker.
 
     Our own errors come back as a value, for starting again would not mend them; but not one that the other workers may
@@ -415,6 +542,8 @@ def run_worker(settings: WorkerSettings, say: Callable[[str], None]) -> dict | A
         rank=context.get_world_rank(),
         workers=context.get_world_size(),
         device=ray.train.torch.get_device(),
+        asked_to_stop=asked_to_stop,
+        preempted=lambda: ray.train.get_preemption_info() is not None,
     )
     try:
         return train_worker(settings, place, report_to_ray, say)

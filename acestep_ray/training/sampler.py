@@ -8,6 +8,7 @@ how many workers share it.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,8 +43,16 @@ class BatchPlan:
         micro_batches_per_step: int,
         batch_size: int = 1,
         batch_frames: int | None = None,
+        held_out: Sequence[int] = (),
+        shuffle_every: int = 1,
     ):
-        """`frames` (songs,) are the songs' latent frames. Raises InputError for a budget under the longest song."""
+        """`frames` (songs,) are the songs' latent frames; songs `held_out` are in no micro-batch.
+
+        Every `shuffle_every` epochs the songs get a new order, with 0 never.
+        Raises InputError for a budget under the longest song.
+        """
+        self.songs = np.delete(np.arange(len(frames)), np.asarray(held_out, dtype=np.int64))
+        frames = frames[self.songs]
         if batch_frames is not None and batch_frames < frames.max():
             raise InputError(
                 f"a song has {frames.max()} latent frames, more than one micro-batch may hold",
@@ -55,6 +64,7 @@ class BatchPlan:
         self.micro_batches_per_step = micro_batches_per_step
         self.batch_size = batch_size
         self.batch_frames = batch_frames
+        self.shuffle_every = shuffle_every
         # ends[e] is the number of micro-batches in epochs 0 … e; grown as far as it is asked for.
         self._ends: list[int] = []
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
@@ -92,7 +102,8 @@ class BatchPlan:
         return -(-len(self.frames) // self.batch_size)
 
     def _plan_epoch(self, epoch: int) -> list[tuple[int, ...]]:
-        random = np.random.default_rng([self.seed, epoch])
+        number = epoch // self.shuffle_every if self.shuffle_every else 0
+        random = np.random.default_rng([self.seed, number])
         order = random.permutation(len(self.frames))
         window = WINDOW_BATCHES * (self.batch_size if self.batch_frames is None else TYPICAL_BATCH)
         batches: list[tuple[int, ...]] = []
@@ -108,7 +119,7 @@ class BatchPlan:
             if batches[-1] and self._is_full(len(batches[-1]), self.frames[song]):
                 batches.append([])
             batches[-1].append(song)
-        return [tuple(batch) for batch in batches]
+        return [tuple(self.songs[batch].tolist()) for batch in batches]
 
     def _is_full(self, songs: int, next_frames: int) -> bool:
         """Whether a batch of `songs` has no room for a song that is at least as long as all of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +10,27 @@ import torch
 
 from acestep_ray.cache.schema import CachedSong
 from acestep_ray.config import TrainConfig
-from acestep_ray.generation.render import render, write_audio
+from acestep_ray.diffusion.sampler import sample
+from acestep_ray.generation.render import decode, starting_noise, write_audio, write_mel_picture
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.models.transformer import ACEStepTransformer
 
-STEPS = 60
-GUIDANCE_SCALE = 15.0
-OMEGA = 10.0
+SAMPLER = {"steps": 60, "guidance_scale": 15.0, "omega": 10.0}
 
 
 def write_sample(
-    directory: Path,
+    directory: Path | None,
     transformer: ACEStepTransformer,
     song: CachedSong,
     config: TrainConfig,
     device: torch.device,
-) -> tuple[np.ndarray, int]:
-    """Generate with a song's prompt, lyrics and speaker, write `KEY.wav`, and return the sound and its sample rate."""
+) -> tuple[np.ndarray, int] | None:
+    """Generate with a song's prompt, lyrics and speaker; returns the sound and its sample rate.
+
+    `directory` gets `KEY.wav`, its mel picture `KEY.png` and `KEY.json` with what it was made from. Without one, this
+    worker only takes part in the model's passes.
+    """
     frames = song.latents.shape[-1]
     if config.plot_seconds is not None:
         frames = latent_frames(int(config.plot_seconds * SAMPLE_RATE))
@@ -38,18 +42,30 @@ def write_sample(
         "lyric_ids": song.lyric_ids[None],
         "lyric_mask": torch.full((1, len(song.lyric_ids)), song.has_lyrics),
     }
-    # The codec is needed for seconds in hours of training: it is loaded for a sample and let go.
-    codec = CheckpointDir.open(config.checkpoint_dir).load_codec(device)
-    waveform = render(
+    latents = sample(
         transformer,
-        codec,
+        starting_noise(frames, config.seed).to(device),
         {name: value.to(device) for name, value in condition.items()},
-        frames=frames,
-        seed=config.seed,
-        steps=STEPS,
-        guidance_scale=GUIDANCE_SCALE,
-        omega=OMEGA,
+        **SAMPLER,
         shift=config.shift,
     )
-    write_audio(directory / f"{song.key.replace('/', '_')}.wav", waveform)
+    if directory is None:
+        return None
+    # The codec is needed for seconds in hours of training: it is loaded for a sample and let go.
+    waveform = decode(CheckpointDir.open(config.checkpoint_dir).load_codec(device), latents)
+    name = song.key.replace("/", "_")
+    write_audio(directory / f"{name}.wav", waveform)
+    write_mel_picture(directory / f"{name}.png", waveform, f"{song.key} · seed {config.seed}")
+    made_from = {
+        "key": song.key,
+        "prompt": song.prompts[0],
+        "lyrics": song.lyric_ids.tolist() if song.has_lyrics else [],
+        "seed": config.seed,
+        "seconds": waveform.shape[1] / SAMPLE_RATE,
+        "shift": config.shift,
+        **SAMPLER,
+    }
+    (directory / f"{name}.json").write_text(
+        json.dumps(made_from, ensure_ascii=False, indent=1) + "\n", "utf-8"
+    )
     return waveform, SAMPLE_RATE

@@ -1,7 +1,8 @@
 """Training checkpoints: what is trained, the optimizer and the step; never the frozen models.
 
 A checkpoint is a folder `step=N`, local or in object storage. Its `state.json` is written last and lists the other
-files with their sizes and SHA-256: a folder without one is not there yet, and a damaged file is found out.
+files with their sizes and SHA-256: a folder without one is not there yet, and a damaged file is found out. It knows
+nothing of how many workers wrote it: the first worker writes and reads whole tensors.
 """
 
 from __future__ import annotations
@@ -11,26 +12,28 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from acestep_ray.errors import AceStepError
-from acestep_ray.export.lora import LORA_FILE, lora_bytes
+from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.storage import AccessDeniedError, Store
-from acestep_ray.training.lora import ADAPTER_NAME
+from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 WEIGHTS_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 FORMAT = 2
-OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+# Tensors beyond these bytes go into further files, `trainable-1.safetensors`: only one file is in memory twice.
+_FILE_BYTES = 2 << 30
 
 # Storage that fails now and then is asked again; what time does not mend is not.
 _RETRY_AFTER_SECONDS = (1.0, 4.0, 15.0)
@@ -39,12 +42,26 @@ _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 @dataclass
 class TrainingState:
-    """Everything that a run needs to go on."""
+    """Everything that a run needs to go on, besides weights and moments."""
 
     step: int
     """Optimizer steps done."""
     losses: dict
-    """What the run's summary says of its losses so far: `first`, `last`, `fixed_noise` by step."""
+    """What the run's summary says of its losses so far: `first`, `last`, and those over fixed noise by step."""
+    loss_scale: dict = field(default_factory=dict)
+    """State of the gradient scaler, of a run in float16."""
+
+
+@dataclass
+class Snapshot:
+    """Whole tensors on the CPU that training does not change any more."""
+
+    weights: dict[str, Tensor]
+    """What is trained, by parameter."""
+    moments: dict[str, Tensor]
+    """The optimizer's state, by `parameter/key`."""
+    files: dict[str, bytes]
+    """What other programs load, by file name."""
 
 
 class DamagedCheckpointError(Exception):
@@ -56,11 +73,51 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def take_snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[str, bytes]
+) -> Snapshot | None:
+    """Copy what is trained and its moments; all workers call it where parameters are sharded, the first gets them."""
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+    def copied(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors:
+            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            if is_first:
+                copies[name] = whole.to("cpu", copy=True).contiguous()
+        return copies
+
+    parameters = trainable_parameters(model)
+    weights = copied(iter(parameters.items()))
+    moments = copied(
+        (f"{name}/{key}", value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    )
+    return Snapshot(weights, moments, dict(files)) if is_first else None
+
+
+def locate_checkpoint(path: str) -> tuple[Store, int]:
+    """The folder of checkpoints and the step that `.../step=N`, or a folder of those, means.
+
+    Raises InputError where there is none.
+    """
+    fix = "give EXP/checkpoints/step=N of a run, or EXP/checkpoints for its last one"
+    store = Store.at(path)
+    if named := re.fullmatch(r"(.*?)/?step=(\d+)", store.url):
+        store, step = Store.at(named[1]), int(named[2])
+        if step in Checkpoints(store).steps():
+            return store, step
+    elif steps := Checkpoints(store).steps():
+        return store, steps[-1]
+    raise InputError("no checkpoint here", where=f"--ckpt_path {path}", fix=fix)
+
+
 class Checkpoints:
     """The checkpoints of one run. Only one process saves; each is written while training goes on."""
 
     def __init__(self, store: Store, *, keep_last: int = 0):
-        """`keep_last` of them are kept, and the one with the lowest fixed-noise loss; 0 keeps all."""
+        """`keep_last` of them are kept, and the one with the lowest validation loss; 0 keeps all."""
         self.store = store
         self.keep_last = keep_last
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -102,10 +159,10 @@ class Checkpoints:
                 continue
         return None
 
-    def load_latest(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, warn: Callable[[str], None]
-    ) -> TrainingState | None:
-        """Put the last checkpoint's weights and moments into `model` and `optimizer`; None where there is none.
+    def read_latest(
+        self, model: nn.Module, warn: Callable[[str], None]
+    ) -> tuple[TrainingState, Snapshot] | None:
+        """The last checkpoint, for the parameters that `model` trains; None where there is none.
 
         A damaged one is told of and the one before it taken. Raises AceStepError where all are damaged, and for one
         that was written for other parameters or by another version.
@@ -113,16 +170,9 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                values = self.read_state(step)
-                weights, moments = (
-                    self._read_tensors(step, name, values["files"]) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)
-                )
+                return self.read(step, model)
             except DamagedCheckpointError as error:
                 warn(f"warning: the checkpoint of step {step} is damaged and not used: {error}")
-                continue
-            self._check_names(step, weights, trainable_parameters(model))
-            restore(model, optimizer, weights, moments)
-            return TrainingState(step=step, losses=values["losses"])
         if steps:  # to start over would write over what can perhaps be mended
             raise AceStepError(
                 f"none of the {len(steps)} checkpoints in {self.store.url} can be used\n"
@@ -130,24 +180,36 @@ class Checkpoints:
             )
         return None
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> Store:
-        """Take a copy of what is trained and write it in the background; returns where.
+    def read(self, step: int, model: nn.Module) -> tuple[TrainingState, Snapshot]:
+        """The checkpoint of a step, for the parameters that `model` trains, without the files for other programs.
+
+        Raises what `read_state` raises, and AceStepError for one that was written for other parameters.
+        """
+        values = self.read_state(step)
+        weights, moments = (
+            self._read_tensors(step, name, values["files"]) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)
+        )
+        self._check_names(step, weights, trainable_parameters(model))
+        state = TrainingState(step, values["losses"], values.get("loss_scale", {}))
+        return state, Snapshot(weights, moments, {})
+
+    def read_weights(self, step: int) -> dict[str, Tensor]:
+        """What a checkpoint's run had trained, by parameter. Raises what `read_state` raises."""
+        return self._read_tensors(step, WEIGHTS_FILE, self.read_state(step)["files"])
+
+    def save(self, snapshot: Snapshot, state: TrainingState) -> Store:
+        """Write a checkpoint in the background; returns where.
 
         Raises AceStepError when the one before could not be written.
         """
         self.finish()
-        parameters = trainable_parameters(model)
-        contents: dict[str, Mapping[str, Tensor] | bytes] = {
-            WEIGHTS_FILE: {name: _copy(parameter) for name, parameter in parameters.items()},
-            OPTIMIZER_FILE: {
-                f"{name}/{key}": _copy(value)
-                for name, parameter in parameters.items()
-                for key, value in optimizer.state[parameter].items()
-            },
-            LORA_FILE: lora_bytes(model, ADAPTER_NAME),
+        values = {
+            "format": FORMAT,
+            "step": state.step,
+            "losses": json.loads(json.dumps(state.losses)),
+            "loss_scale": dict(state.loss_scale),
         }
-        values = {"format": FORMAT, "step": state.step, "losses": json.loads(json.dumps(state.losses))}
-        self._pending = self._writer.submit(self._write, contents, values)
+        self._pending = self._writer.submit(self._write, snapshot, values)
         return self.folder(state.step)
 
     def finish(self) -> None:
@@ -156,11 +218,11 @@ class Checkpoints:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _write(self, contents: dict[str, Mapping[str, Tensor] | bytes], values: dict[str, Any]) -> None:
+    def _write(self, snapshot: Snapshot, values: dict[str, Any]) -> None:
         step = values["step"]
         for wait in (*_RETRY_AFTER_SECONDS, None):
             try:
-                self._write_once(contents, values)
+                self._write_once(snapshot, values)
                 self._forget_old()
                 break
             except (OSError, AceStepError) as error:
@@ -174,12 +236,11 @@ class Checkpoints:
                     ) from error
                 time.sleep(wait)
 
-    def _write_once(self, contents: dict[str, Mapping[str, Tensor] | bytes], values: dict[str, Any]) -> None:
+    def _write_once(self, snapshot: Snapshot, values: dict[str, Any]) -> None:
         folder = self.folder(values["step"])
         folder.delete([STATE_FILE])  # what is written over is not there meanwhile
         files = {}
-        for name, content in contents.items():
-            data = content if isinstance(content, bytes) else save(dict(content))
+        for name, data in _serialised(snapshot):
             folder.write_bytes(name, data)
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         folder.write_bytes(STATE_FILE, json.dumps({**values, "files": files}, indent=1).encode())
@@ -189,9 +250,7 @@ class Checkpoints:
         steps = self.steps()
         if not self.keep_last or len(steps) <= self.keep_last:
             return
-        losses = (self.latest_state() or {"losses": {}})["losses"].get("fixed_noise", {})
-        measured = {step: losses[str(step)] for step in steps if str(step) in losses}
-        best = min(measured, key=lambda step: (measured[step], step)) if measured else None
+        best = best_step((self.latest_state() or {"losses": {}})["losses"], steps)
         for step in steps[: -self.keep_last]:
             if step != best:
                 folder = self.folder(step)
@@ -199,16 +258,22 @@ class Checkpoints:
                 folder.delete(folder.names())
 
     def _read_tensors(self, step: int, name: str, files: Mapping[str, Any]) -> dict[str, Tensor]:
-        try:
-            data = self.folder(step).read_bytes(name)
-        except FileNotFoundError:
-            raise DamagedCheckpointError(f"{name} is missing") from None
-        if hashlib.sha256(data).hexdigest() != files.get(name, {}).get("sha256"):
-            raise DamagedCheckpointError(f"{name} is not what was written")
-        try:
-            return load(data)
-        except SafetensorError as error:
-            raise DamagedCheckpointError(f"{name} does not read ({error})") from None
+        tensors: dict[str, Tensor] = {}
+        for number in range(len(files)):
+            part = _part_name(name, number)
+            if part not in files and number:
+                break
+            try:
+                data = self.folder(step).read_bytes(part)
+            except FileNotFoundError:
+                raise DamagedCheckpointError(f"{part} is missing") from None
+            if hashlib.sha256(data).hexdigest() != files.get(part, {}).get("sha256"):
+                raise DamagedCheckpointError(f"{part} is not what was written")
+            try:
+                tensors |= load(data)
+            except SafetensorError as error:
+                raise DamagedCheckpointError(f"{part} does not read ({error})") from None
+        return tensors
 
     def _check_names(
         self, step: int, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
@@ -223,26 +288,97 @@ class Checkpoints:
             )
 
 
-def restore(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    weights: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-) -> None:
-    """Put weights by parameter, and AdamW's state by `parameter/key`, into `model` and `optimizer`."""
-    fused = any(group["fused"] for group in optimizer.param_groups)
-    with torch.no_grad():
-        for name, parameter in trainable_parameters(model).items():
-            parameter.copy_(weights[name])
-            # Only the fused kernel counts its steps on the device.
-            homes = {"step": parameter.device if fused else "cpu"}
-            if f"{name}/step" in moments:  # none where every step so far was skipped
-                optimizer.state[parameter] = {
-                    key: moments[f"{name}/{key}"].to(homes.get(key, parameter.device))
-                    for key in OPTIMIZER_STATE
-                }
+def best_step(losses: Mapping[str, Any], steps: Sequence[int]) -> int | None:
+    """The step among `steps` with the lowest validation loss, of held-out songs if there are any; None without one."""
+    by_step = losses.get(VALIDATION) or losses.get(FIXED_NOISE) or {}
+    measured = {step: by_step[str(step)] for step in steps if str(step) in by_step}
+    return min(measured, key=lambda step: (measured[step], step)) if measured else None
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that training does not change any more."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+@torch.no_grad()
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, snapshot: Snapshot | None) -> None:
+    """Put a snapshot into `model` and `optimizer`.
+
+    With several workers all call it, the first with the snapshot and the others with None.
+    """
+    parameters = trainable_parameters(model)
+    weights = snapshot.weights if snapshot else {}
+    moments = snapshot.moments if snapshot else {}
+    for name, parameter in parameters.items():
+        _put(parameter, weights.get(name))
+    shapes = from_first_worker({name: (tuple(value.shape), value.dtype) for name, value in moments.items()})
+    homes = _homes_of_moments(optimizer)
+    for name, (shape, dtype) in shapes.items():
+        parameter_name, key = name.rsplit("/", 1)
+        parameter = parameters[parameter_name]
+        if shape == tuple(parameter.shape):
+            moment = torch.empty_like(parameter, dtype=dtype)
+        else:
+            moment = torch.empty(shape, dtype=dtype, device=homes.get(key, parameter.device))
+        _put(moment, moments.get(name))
+        optimizer.state[parameter][key] = moment
+
+
+def _homes_of_moments(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Where state lies that does not lie with its parameter: only the fused kernel counts its steps on the device."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return {} if fused else {"step": "cpu"}
+
+
+def _put(tensor: Tensor, value: Tensor | None) -> None:
+    """Copy `value`, whole and on the first worker, into `tensor` or its shards on every worker."""
+    if isinstance(tensor, DTensor):
+        mesh, local = tensor.device_mesh, tensor.to_local()
+        if value is None:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype)
+        local.copy_(distribute_tensor(value.to(mesh.device_type), mesh, tensor.placements).to_local())
+    elif not _is_distributed():
+        tensor.copy_(value)
+    else:
+        device = _communication_device(tensor)
+        everywhere = torch.empty_like(tensor, device=device) if value is None else value.to(device)
+        torch.distributed.broadcast(everywhere, src=0)
+        tensor.copy_(everywhere)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _communication_device(tensor: Tensor) -> torch.device:
+    """Where NCCL wants what it sends."""
+    return torch.device("cuda") if torch.distributed.get_backend() == "nccl" else tensor.device
+
+
+def from_first_worker(value: Any) -> Any:
+    """The first worker's value, on every worker."""
+    if not _is_distributed():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _serialised(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
+    """The files of a checkpoint, one at a time."""
+    for name, tensors in ((WEIGHTS_FILE, snapshot.weights), (OPTIMIZER_FILE, snapshot.moments)):
+        for number, part in enumerate(_parts(tensors)):
+            yield _part_name(name, number), save(part)
+    yield from snapshot.files.items()
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors in parts of at most `_FILE_BYTES`, or one tensor; one part where there is nothing."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > _FILE_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    yield part
+
+
+def _part_name(name: str, number: int) -> str:
+    return name if number == 0 else name.replace(".", f"-{number}.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from acestep_ray.cache.schema import CachedSong
@@ -16,8 +17,8 @@ from acestep_ray.training.batch import Draws, build_batch, counter_seed, song_no
 NOISE_LEVELS = 8
 QUARTERS = 4
 SONGS = 8
-FIXED_NOISE = "loss/fixed_noise"
-"""Name of the metric."""
+FIXED_NOISE, VALIDATION = "fixed_noise", "validation"
+"""Names of the loss: over songs that are trained on, and over held-out songs."""
 
 
 def validation_draws(song: CachedSong, sigmas: Tensor, level: int) -> Draws:
@@ -37,24 +38,39 @@ def validation_draws(song: CachedSong, sigmas: Tensor, level: int) -> Draws:
 
 @torch.no_grad()
 def fixed_noise_losses(
-    transformer: nn.Module, songs: Sequence[CachedSong], sigmas: Tensor, device: torch.device | str
+    transformer: nn.Module,
+    read: Callable[[int], CachedSong],
+    songs: Sequence[int],
+    sigmas: Tensor,
+    device: torch.device | str,
+    *,
+    rank: int = 0,
+    workers: int = 1,
+    together: bool = False,
 ) -> list[float]:
     """Mean denoising loss of `songs` at each of `NOISE_LEVELS` noise levels, the noisiest first, over fixed noise.
 
-    `sigmas` (1000,) is the schedule.
+    `sigmas` (1000,) is the schedule. Every one of `workers` takes some songs and gets the same result; `together` if
+    their forward passes are collective, so that each needs as many.
     """
-    losses = []
-    for level in range(NOISE_LEVELS):
-        total = 0.0
-        for song in songs:
+    losses = torch.zeros(len(songs), NOISE_LEVELS, dtype=torch.float64, device=device)
+    passes = -(-len(songs) // workers) if together else len(songs[rank::workers])
+    for number in range(passes):
+        place = rank + number * workers
+        is_mine = place < len(songs)
+        song = read(songs[place if is_mine else 0])
+        for level in range(NOISE_LEVELS):
             batch = build_batch([song], [validation_draws(song, sigmas, level)], ssl_stride=1, with_ssl=False)
-            total += flow_matching_losses(transformer, batch.to(device)).denoising.item()
-        losses.append(total / len(songs))
-    return losses
+            loss = flow_matching_losses(transformer, batch.to(device)).denoising
+            if is_mine:
+                losses[place, level] = loss[0]
+    if workers > 1:
+        torch.distributed.all_reduce(losses)
+    return losses.mean(dim=0).tolist()
 
 
-def validation_metrics(losses: Sequence[float]) -> dict[str, float]:
-    """The mean over all noise levels, and over each quarter of them: q1 has the most noise."""
+def validation_metrics(name: str, losses: Sequence[float]) -> dict[str, float]:
+    """The mean over all noise levels, as `name`, and over each quarter of them: `name`/q1 has the most noise."""
     size = len(losses) // QUARTERS
-    quarters = {f"{FIXED_NOISE}/q{i + 1}": fmean(losses[i * size : (i + 1) * size]) for i in range(QUARTERS)}
-    return {FIXED_NOISE: fmean(losses), **quarters}
+    quarters = {f"{name}/q{i + 1}": fmean(losses[i * size : (i + 1) * size]) for i in range(QUARTERS)}
+    return {name: fmean(losses), **quarters}

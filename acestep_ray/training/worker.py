@@ -5,28 +5,32 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.cache.schema import CachedSong
 from acestep_ray.config import TrainConfig
-from acestep_ray.diffusion.objective import TrainingBatch, flow_matching_losses
+from acestep_ray.diffusion.objective import SampleLosses, TrainingBatch, flow_matching_losses
 from acestep_ray.diffusion.schedule import training_sigmas
 from acestep_ray.errors import AceStepError
-from acestep_ray.models.checkpoint import CheckpointDir
-from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.export.lora import LORA_FILE, lora_bytes
 from acestep_ray.storage import Store
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
-from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora import ADAPTER_NAME
+from acestep_ray.training.model import (
+    AUTOCAST_DTYPES,
+    build_transformer,
+    is_sharded,
+    share_among_workers,
+)
 from acestep_ray.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -36,9 +40,25 @@ from acestep_ray.training.optim import (
 )
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
 from acestep_ray.training.samples import write_sample
-from acestep_ray.training.state import Checkpoints, TrainingState, trainable_parameters
+from acestep_ray.training.state import (
+    Checkpoints,
+    Snapshot,
+    TrainingState,
+    best_step,
+    from_first_worker,
+    locate_checkpoint,
+    restore,
+    take_snapshot,
+    trainable_parameters,
+)
 from acestep_ray.training.streaming import CacheSource, SongSource, Stream, StreamSource
-from acestep_ray.training.validation import FIXED_NOISE, SONGS, fixed_noise_losses, validation_metrics
+from acestep_ray.training.validation import (
+    FIXED_NOISE,
+    SONGS,
+    VALIDATION,
+    fixed_noise_losses,
+    validation_metrics,
+)
 
 # Metrics stay on the device until this many steps are together: reading one waits for the GPU.
 LOG_EVERY = 10
@@ -50,8 +70,8 @@ class WorkerSettings:
     """What the driver hands to every worker."""
 
     config: TrainConfig
-    lora: dict
-    """Fields of PEFT's `LoraConfig`."""
+    lora: dict | None
+    """Fields of PEFT's `LoraConfig`; None trains the model's own weights."""
     checkpoints: Store
     samples: Path
     log_dir: Path
@@ -59,15 +79,28 @@ class WorkerSettings:
     total_steps: int
     stream: Stream | None = None
     """The songs, where the run has no feature cache."""
+    held_out: tuple[int, ...] = ()
+    """Songs that are not trained on."""
+
+
+def never() -> bool:
+    """Nobody asks."""
+    return False
 
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """Which of the run's workers this is."""
+    """Which of the run's workers this is, and how it learns of what goes on around it."""
 
     rank: int
     workers: int
     device: torch.device
+    asked_to_stop: Callable[[], bool] = never
+    """Whether the user wants the run to end; looked at in every step."""
+    asked_to_save: Callable[[], bool] = never
+    """Whether this worker's process is about to end; looked at in every step."""
+    preempted: Callable[[], bool] = never
+    """Whether a machine of the run is about to go; all workers ask together, now and then."""
 
 
 Report = Callable[[dict[str, float], "Store | None"], None]
@@ -88,7 +121,8 @@ def train_worker(settings: WorkerSettings, place: WorkerPlace, report: Report, s
         for step, batches in enumerate(trainer.batches(state.step), start=state.step):
             trainer.train_step(step, batches)
             state.step = step + 1
-            trainer.after_step(state)
+            if trainer.after_step(state):
+                break
     return {"step": state.step, **state.losses}
 
 
@@ -97,18 +131,28 @@ class Trainer:
 
     def __init__(self, settings: WorkerSettings, place: WorkerPlace, report: Report, say: Say):
         self.settings = settings
+        self.place = place
         self.config = config = settings.config
         self.rank, self.workers, self.device = place.rank, place.workers, place.device
         self.report = report
         self.source = open_source(settings, place)
-        self.plan = build_plan(self.source.latent_frames, config)
+        self.plan = build_plan(self.source.latent_frames, config, settings.held_out)
         self.sigmas = training_sigmas(config.shift)
         self.dropout = ConditionDropout(config.text_dropout, config.speaker_dropout, config.lyric_dropout)
 
-        self.transformer = build_transformer(settings, self.device)
-        self.model = wrap_for_workers(self.transformer, place)
+        self.transformer = build_transformer(config, settings.lora, self.device)
+        self.model = share_among_workers(
+            self.transformer,
+            config,
+            is_lora=settings.lora is not None,
+            workers=self.workers,
+            device=self.device,
+        )
+        # Then every forward pass is one of all workers together.
+        self.together = is_sharded(self.model)
         self.trained = list(trainable_parameters(self.transformer).values())
         self.optimizer = build_optimizer(self.trained, config.weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "16-mixed")
 
         self.checkpoints = Checkpoints(settings.checkpoints, keep_last=config.keep_last)
         self.tracker: Tracker | None = None
@@ -116,31 +160,55 @@ class Trainer:
         # By step, which songs of each of this worker's micro-batches have a finite loss, (B,) bool.
         self.finite: dict[int, list[Tensor]] = {}
         self.skipped_in_a_row = 0
+        self.votes = Votes()
+        self.saved_before_preemption = False
         self.progress = Progress(settings.total_steps, say)
 
     def resume(self) -> TrainingState:
-        """Load the latest checkpoint of this experiment, if there is one."""
-        warn = self.progress.say if self.rank == 0 else lambda line: None
-        state = self.checkpoints.load_latest(self.transformer, self.optimizer, warn)
+        """Go on from the latest checkpoint of this experiment, else from where the settings say."""
+        state, snapshot = None, None
+        if self.rank == 0:
+            state, snapshot = self.find_start()
+        state = from_first_worker(state)
         if state is None:
-            state = TrainingState(step=0, losses={"fixed_noise": {}})
+            state = TrainingState(step=0, losses={FIXED_NOISE: {}, VALIDATION: {}})
+        else:
+            restore(self.transformer, self.optimizer, snapshot)
+            if state.loss_scale:
+                self.scaler.load_state_dict(state.loss_scale)
         if self.rank == 0:
             self.tracker = Tracker(self.settings.log_dir, self.settings.mlflow_run, first_step=state.step)
         self.progress.start(state.step)
         return state
 
+    def find_start(self) -> tuple[TrainingState, Snapshot] | tuple[None, None]:
+        """The latest checkpoint of this experiment, else that of `ckpt_path`."""
+        found = self.checkpoints.read_latest(self.transformer, self.progress.say)
+        if found is None and self.config.ckpt_path is not None:
+            store, step = locate_checkpoint(self.config.ckpt_path)
+            found = Checkpoints(store).read(step, self.transformer)
+        return found or (None, None)
+
     def before_first_step(self, state: TrainingState) -> None:
-        """Measure the fixed-noise loss of the untrained model, to compare with later."""
-        if self.rank == 0 and state.step == 0:
+        """Measure the validation losses of the untrained model, to compare with later."""
+        if state.step == 0:
             self.validate(state)
 
     def batches(self, first_step: int) -> Iterator[list[TrainingBatch]]:
         """This worker's micro-batches of every step from `first_step` on, read ahead of the model."""
         steps = range(first_step, self.settings.total_steps)
-        mine = (item for step in steps for item in self.plan.step(step)[self.rank :: self.workers])
+        mine = (item for step in steps for item in self.micro_batches(step))
         loaded = self.source.read_ahead(mine, self.make_batch, self.config.num_workers)
-        for _ in steps:
-            yield [next(loaded) for _ in range(self.config.accumulate_grad_batches)]
+        for step in steps:
+            yield [next(loaded) for _ in self.micro_batches(step)]
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This worker's part of a step; where all compute together, one more for those that would have none left."""
+        items = self.plan.step(step)
+        mine = items[self.rank :: self.workers]
+        if self.together and len(mine) < -(-len(items) // self.workers):
+            mine = [*mine, items[0]]
+        return mine
 
     def make_batch(self, item: MicroBatch, songs: list[CachedSong]) -> TrainingBatch:
         """The songs of one micro-batch with their draws."""
@@ -153,27 +221,8 @@ class Trainer:
         """One optimizer step over this worker's micro-batches of the step."""
         # PEFT's dropout draws from torch's own stream, which then follows from the step as all else does.
         torch.manual_seed(counter_seed("dropout", self.config.seed, step, self.rank))
-        songs_in_step = sum(len(item.songs) for item in self.plan.step(step))
-        sums: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with self.sync_gradients(last):
-                with self.autocast():
-                    losses = flow_matching_losses(self.model, batch.to(self.device))
-                total = losses.total(self.config.ssl_coeff)
-                # A mean over all songs of the step, whoever holds them; DDP divides by the number of workers.
-                (total.sum() * (self.workers / songs_in_step)).backward()
-            self.finite.setdefault(step, []).append(torch.isfinite(total.detach()))
-            parts = {"loss": total, "loss/denoising": losses.denoising}
-            parts.update({f"loss/{name}": values for name, values in losses.ssl.items()})
-            for name, values in parts.items():
-                sums[name] = sums.get(name, 0.0) + values.detach().sum()
-        means = torch.stack(list(sums.values())) / songs_in_step
-        if self.workers > 1:
-            torch.distributed.all_reduce(means)
-        norm = clip_gradients(
-            self.trained, self.config.gradient_clip_val, self.config.gradient_clip_algorithm
-        )
+        sums = self.accumulate_gradients(step, batches)
+        means = self.add_up(sums, songs=sum(len(item.songs) for item in self.plan.step(step)))
         rate = learning_rate_at(
             step,
             peak=self.config.learning_rate,
@@ -181,28 +230,98 @@ class Trainer:
             max_steps=self.settings.total_steps,
         )
         set_learning_rate(self.optimizer, rate)
-        # The gradients are those of all workers, and so is what follows from them.
-        step_if(self.optimizer, torch.isfinite(norm) & torch.isfinite(means[0]))
-        self.optimizer.zero_grad(set_to_none=True)
         self.unlogged[step] = {
-            **dict(zip(sums, means, strict=True)),
-            "grad_norm": norm,
+            **means,
+            "grad_norm": self.update_weights(means["loss"]),
             "learning_rate": rate,
             "epoch": float(self.plan.step(step)[0].epoch),
         }
 
-    def after_step(self, state: TrainingState) -> None:
-        """Log, validate and save, each at its own pace."""
-        last = state.step == self.settings.total_steps
-        plot = last or state.step % self.config.every_plot_step == 0
-        save = last or state.step % self.config.every_n_train_steps == 0
-        if plot or save or len(self.unlogged) >= LOG_EVERY:
+    def accumulate_gradients(self, step: int, batches: list[TrainingBatch]) -> dict[str, Tensor]:
+        """Backward passes over the micro-batches; returns the sums of their songs' losses."""
+        songs_in_step = sum(len(item.songs) for item in self.plan.step(step))
+        real = len(self.plan.step(step)[self.rank :: self.workers])
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            with self.sync_gradients(number == len(batches) - 1):
+                with self.autocast():
+                    losses = flow_matching_losses(self.model, batch.to(self.device))
+                total = losses.total(self.config.ssl_coeff)
+                # A mean over all songs of the step, whoever holds them; the workers' gradients are averaged.
+                share = self.workers / songs_in_step if number < real else 0.0
+                self.scaler.scale(total.sum() * share).backward()
+            if number < real:
+                self.finite.setdefault(step, []).append(torch.isfinite(total.detach()))
+                for name, values in named_losses(losses, total).items():
+                    sums[name] = sums.get(name, 0.0) + values.detach().sum()
+        return sums
+
+    def add_up(self, sums: dict[str, Tensor], songs: int) -> dict[str, Tensor]:
+        """Means over the songs of all workers; what the workers ask for travels with them."""
+        asked = [float(self.place.asked_to_save()), float(self.place.asked_to_stop())]
+        if self.workers == 1:
+            self.votes.put(torch.tensor(asked))
+            return {name: value / songs for name, value in sums.items()}
+        together = torch.stack([*sums.values(), *torch.tensor(asked).to(self.device, non_blocking=True)])
+        torch.distributed.all_reduce(together)
+        self.votes.put(together[len(sums) :])
+        return {name: value / songs for name, value in zip(sums, together, strict=False)}
+
+    def update_weights(self, loss: Tensor) -> Tensor:
+        """One step of the optimizer, unless loss or gradients are not finite; returns the gradients' norm.
+
+        The gradients are those of all workers, and so is what follows from them.
+        """
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(
+            self.trained, self.config.gradient_clip_val, self.config.gradient_clip_algorithm
+        )
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            step_if(self.optimizer, torch.isfinite(norm) & torch.isfinite(loss))
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def after_step(self, state: TrainingState) -> bool:
+        """Log, validate and save, each at its own pace; returns whether the run ends here."""
+        config, step = self.config, state.step
+        last = step == self.settings.total_steps
+        asked_to_save, stop = self.votes.take()
+        save = (
+            last or stop or asked_to_save or self.is_preempted(step) or step % config.every_n_train_steps == 0
+        )
+        validate = last or step % (config.val_check_interval or config.every_plot_step) == 0
+        plot = last or step % config.every_plot_step == 0
+        if plot or save or validate or len(self.unlogged) >= LOG_EVERY:
             self.flush_metrics(state)
-        if plot and self.rank == 0:
+        if validate:
             self.validate(state)
+            if not last and self.has_stopped_improving(state):
+                state.losses["stopped_early"] = step
+                save = stop = True
+        if plot:
             self.write_sample(state)
         if save:
-            self.save(state)
+            self.save(state, is_end=last or stop)
+        return stop
+
+    def is_preempted(self, step: int) -> bool:
+        """Whether a machine is about to go and nothing was saved for that yet; looked at every few steps."""
+        if step % LOG_EVERY or self.saved_before_preemption:
+            return False
+        self.saved_before_preemption = self.place.preempted()
+        return self.saved_before_preemption
+
+    def has_stopped_improving(self, state: TrainingState) -> bool:
+        """Whether the validation loss has not been lower for as many validations as the settings allow."""
+        by_step = state.losses[VALIDATION] or state.losses[FIXED_NOISE]
+        measured = [int(step) for step in by_step]
+        best = best_step(state.losses, measured)
+        since_best = len([step for step in measured if step > best])
+        return 0 < self.config.early_stopping_patience <= since_best
 
     def flush_metrics(self, state: TrainingState) -> None:
         """Bring the metrics of the last steps from the device to the trackers, and look for steps that were skipped."""
@@ -216,18 +335,21 @@ class Trainer:
                 state.losses.setdefault("first", values["loss"])
                 state.losses["last"] = values["loss"]
                 continue
+            metrics[step] = {name: value for name, value in values.items() if math.isfinite(value)}
+            if math.isfinite(values["loss"]) and self.scaler.is_enabled():
+                continue  # float16 looks for its loss scale that way
             self.skipped_in_a_row += 1
             state.losses["skipped"] = state.losses.get("skipped", 0) + 1
             self.tell_of_skipped(step, values)
-            metrics[step] = {name: value for name, value in values.items() if math.isfinite(value)}
         self.unlogged, self.finite = {}, {}
         if self.tracker is not None:
-            skipped = {"skipped_steps": float(state.losses.get("skipped", 0))}
-            self.tracker.log({step: {**values, **skipped} for step, values in metrics.items()})
+            extra = {"skipped_steps": float(state.losses.get("skipped", 0))}
+            if self.scaler.is_enabled():
+                extra["loss_scale"] = self.scaler.get_scale()
+            self.tracker.log({step: {**values, **extra} for step, values in metrics.items()})
             self.progress.show(state.step, state.losses.get("last", math.nan))
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            self.save(state)
-            self.checkpoints.finish()
+            self.save(state, is_end=True)
             raise TrainingDivergedError(
                 f"the last {self.skipped_in_a_row} steps before step {state.step} had no finite loss and were skipped; "
                 f"what there is was saved as {self.checkpoints.folder(state.step).url}\n"
@@ -250,24 +372,38 @@ class Trainer:
             )
 
     def validate(self, state: TrainingState) -> None:
-        """Measure and log the fixed-noise loss, as a whole and by quarters of the noise levels."""
-        with self.evaluating(), self.autocast():
-            losses = fixed_noise_losses(self.transformer, self.validation_songs(), self.sigmas, self.device)
-        metrics = validation_metrics(losses)
-        state.losses["fixed_noise"][str(state.step)] = metrics[FIXED_NOISE]
-        self.tracker.log({state.step: metrics})
-
-    def validation_songs(self) -> list[CachedSong]:
-        """The first songs of the run."""
-        return [self.source.read(i) for i in range(min(SONGS, len(self.source.latent_frames)))]
+        """Measure and log the loss over fixed noise: of some songs that are trained on, and of those held out."""
+        for name, songs in ((FIXED_NOISE, self.plan.songs), (VALIDATION, self.settings.held_out)):
+            songs = [int(song) for song in songs[:SONGS]]
+            if not songs:
+                continue
+            with self.evaluating(), self.autocast():
+                losses = fixed_noise_losses(
+                    self.transformer,
+                    self.source.read,
+                    songs,
+                    self.sigmas,
+                    self.device,
+                    rank=self.rank,
+                    workers=self.workers,
+                    together=self.together,
+                )
+            metrics = validation_metrics(f"loss/{name}", losses)
+            state.losses[name][str(state.step)] = metrics[f"loss/{name}"]
+            if self.tracker is not None:
+                self.tracker.log({state.step: metrics})
 
     def write_sample(self, state: TrainingState) -> None:
         """Generate the first song's prompt and lyrics with the model as it is; a failure is told and ends nothing."""
+        if self.rank > 0 and not self.together:
+            return
         directory = self.settings.samples / f"step={state.step}"
         song = self.source.read(0)
         try:
             with self.evaluating(), self.autocast():
-                waveform = write_sample(directory, self.transformer, song, self.config, self.device)
+                waveform = write_sample(
+                    directory if self.rank == 0 else None, self.transformer, song, self.config, self.device
+                )
         except (
             Exception
         ) as error:  # memory, disk, a damaged codec: hours of training are worth more than a sample
@@ -276,20 +412,29 @@ class Trainer:
                 "  → training goes on; `acestep-ray generate` makes music from its checkpoint"
             )
             return
-        self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
+        if self.tracker is not None:
+            self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
 
-    def save(self, state: TrainingState) -> None:
-        """Write a checkpoint, while training goes on but for the last, and report it."""
-        place = None
-        if self.rank == 0:
-            place = self.checkpoints.save(self.transformer, self.optimizer, state)
-            if state.step == self.settings.total_steps:
-                self.checkpoints.finish()
+    def save(self, state: TrainingState, *, is_end: bool) -> None:
+        """Write a checkpoint, while training goes on but at its end, and report it."""
+        if self.scaler.is_enabled():
+            state.loss_scale = self.scaler.state_dict()
+        # With whole parameters on every worker, the first one's are enough.
+        snapshot = None
+        if self.rank == 0 or self.together:
+            files = {}
+            if self.settings.lora is not None:
+                files = {LORA_FILE: lora_bytes(self.transformer, ADAPTER_NAME)}
+            snapshot = take_snapshot(self.transformer, self.optimizer, files)
+        place = self.checkpoints.save(snapshot, state) if snapshot is not None else None
+        if is_end:
+            self.checkpoints.finish()
         metrics = {"step": state.step}
         if "last" in state.losses:
             metrics["loss"] = state.losses["last"]
-        if state.losses["fixed_noise"]:
-            metrics["fixed_noise_loss"] = list(state.losses["fixed_noise"].values())[-1]
+        for name in (FIXED_NOISE, VALIDATION):
+            if state.losses[name]:
+                metrics[name] = list(state.losses[name].values())[-1]
         self.report(metrics, place)
 
     def __enter__(self) -> Trainer:
@@ -308,7 +453,8 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision, where it was asked for."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16-mixed")
+        dtype = AUTOCAST_DTYPES.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -320,10 +466,42 @@ class Trainer:
             self.transformer.train()
 
     def sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients travel between workers once a step, with the last micro-batch."""
-        if self.workers > 1 and not last:
+        """Whole gradients travel between workers once a step, with the last micro-batch; shards with every one."""
+        if self.workers > 1 and not last and not self.together:
             return self.model.no_sync()
         return contextlib.nullcontext()
+
+
+def named_losses(losses: SampleLosses, total: Tensor) -> dict[str, Tensor]:
+    """The losses of each song, (B,), by the names that they are logged under."""
+    ssl = {f"loss/{name}": values for name, values in losses.ssl.items()}
+    return {"loss": total, "loss/denoising": losses.denoising, **ssl}
+
+
+class Votes:
+    """What any worker has asked for: to save, and to stop. Read a step later, so that nobody waits for the GPU."""
+
+    def __init__(self):
+        self.before, self.now = torch.zeros(2), torch.zeros(2)
+        self.copied: torch.cuda.Event | None = None
+
+    def put(self, votes: Tensor) -> None:
+        """Note the votes of a step, (2,), of all workers."""
+        if self.copied is not None:
+            self.copied.synchronize()  # of the step before, which is done by now
+        self.before = self.now
+        if votes.is_cuda:
+            self.now = torch.empty(2, pin_memory=True)
+            self.now.copy_(votes, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        else:
+            self.now = votes.clone()
+
+    def take(self) -> tuple[bool, bool]:
+        """Whether somebody wanted to save, or to stop, in the step before; on a single worker, in this one."""
+        save, stop = (self.before if self.copied is not None else self.now).tolist()
+        return save > 0, stop > 0
 
 
 def open_source(settings: WorkerSettings, place: WorkerPlace) -> SongSource:
@@ -333,32 +511,17 @@ def open_source(settings: WorkerSettings, place: WorkerPlace) -> SongSource:
     return CacheSource(CacheIndex.open(settings.config.dataset_path))
 
 
-def build_plan(latent_frames: np.ndarray, config: TrainConfig) -> BatchPlan:
-    """The micro-batches of a run over songs of these lengths, (songs,)."""
+def build_plan(latent_frames: np.ndarray, config: TrainConfig, held_out: Sequence[int] = ()) -> BatchPlan:
+    """The micro-batches of a run over songs of these lengths, (songs,), but those held out."""
     return BatchPlan(
         latent_frames,
         seed=config.seed,
-        micro_batches_per_step=config.accumulate_grad_batches * config.devices,
+        micro_batches_per_step=config.accumulate_grad_batches * config.devices * config.num_nodes,
         batch_size=config.batch_size,
         batch_frames=config.batch_frames,
+        held_out=held_out,
+        shuffle_every=config.reload_dataloaders_every_n_epochs,
     )
-
-
-def build_transformer(settings: WorkerSettings, device: torch.device) -> ACEStepTransformer:
-    """The base model with its LoRA, on `device`; the same on every worker."""
-    transformer = CheckpointDir.open(settings.config.checkpoint_dir).load_transformer(device=device)
-    torch.manual_seed(settings.config.seed)  # LoRA's first matrices are random
-    add_lora(transformer, settings.lora)
-    transformer.activation_checkpointing = settings.config.activation_checkpointing
-    return transformer
-
-
-def wrap_for_workers(transformer: ACEStepTransformer, place: WorkerPlace) -> nn.Module:
-    """Data-parallel training where there is more than one worker; the process group is there already."""
-    if place.workers == 1:
-        return transformer
-    devices = [place.device] if place.device.type == "cuda" else None
-    return DistributedDataParallel(transformer, device_ids=devices)
 
 
 class Progress:

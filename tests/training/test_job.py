@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sqlite3
-import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -17,10 +18,10 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.training import job
 from acestep_ray.training.experiment import only_run
-from acestep_ray.training.job import interruptible, reserved_by_worker, run_worker, train
+from acestep_ray.training.job import fit_interruptibly, reserved_by_worker, run_worker, train
 from acestep_ray.training.lora import read_lora_config
 from acestep_ray.training.state import WEIGHTS_FILE
-from acestep_ray.training.worker import TrainingDivergedError, WorkerSettings
+from acestep_ray.training.worker import TrainingDivergedError, WorkerSettings, never
 from tests.training.conftest import latest_weights, settings_in, train_alone
 
 
@@ -61,7 +62,7 @@ def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, co
     alone = train_alone(settings)
     assert together.first_loss == pytest.approx(alone["first"], rel=1e-5)
     expected = latest_weights(settings)
-    found = load_file(together.lora.parent / WEIGHTS_FILE)
+    found = load_file(together.result.parent / WEIGHTS_FILE)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
     assert statuses(together) == {"two": "FINISHED"}
@@ -101,7 +102,13 @@ def test_an_error_of_the_loop_reaches_the_user_as_it_is(two_cpus, config):
         ({"device": "tpu"}, "--device"),
         ({"gradient_clip_algorithm": "norms"}, "--gradient_clip_algorithm norms"),
         ({"batch_frames": 10}, "--batch_frames 10"),
-        ({"lora_config_path": None}, "--lora_config_path"),
+        ({"train_parameters": "to_q"}, "--train_parameters"),
+        ({"lora_config_path": None, "train_parameters": "to_qq,*.to_q"}, "`to_qq`"),
+        ({"cpu_offload": True}, "--cpu_offload"),
+        ({"min_devices": 2}, "--min_devices 2"),
+        ({"val_songs": -1}, "--val_songs -1"),
+        ({"ckpt_path": "nowhere"}, "--ckpt_path nowhere"),
+        ({"activation_checkpointing": 2.0}, "--activation_checkpointing 2.0"),
     ],
 )
 def test_settings_that_cannot_be_trained_with_are_named_before_work_starts(
@@ -172,22 +179,39 @@ def test_an_error_that_one_worker_alone_may_meet_ends_the_others_too(monkeypatch
     monkeypatch.setattr(job, "train_worker", fail)
     if is_raised:
         with pytest.raises(AceStepError, match="a damaged song"):
-            run_worker(None, print)
+            run_worker(None, print, never)
     else:
-        assert run_worker(None, print) is error
+        assert run_worker(None, print, never) is error
 
 
-def test_ray_trains_answer_to_ctrl_c_becomes_an_interrupt_and_its_handler_goes():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_lets_the_run_come_to_its_end_and_handlers_are_put_back(number):
+    asked = threading.Event()
+    before = signal.getsignal(number)
+
     def fit():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with interruptible():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            sys.exit(0)
+        os.kill(os.getpid(), number)
+        assert asked.wait(timeout=60)
+        return "the last checkpoint"
 
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fit()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert fit_interruptibly(fit, asked.set) == ("the last checkpoint", True)
+    assert signal.getsignal(number) is before
+    assert fit_interruptibly(lambda: "done", asked.set) == ("done", False)
+
+
+def test_a_second_signal_ends_the_run_at_once():
+    released = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        fit_interruptibly(
+            lambda: [os.kill(os.getpid(), signal.SIGINT), released.wait(60)],
+            lambda: os.kill(os.getpid(), signal.SIGINT),
+        )
+    released.set()
+
+
+def test_an_error_of_the_run_comes_through(monkeypatch):
+    def fit():
+        raise AceStepError("no disk")
+
+    with pytest.raises(AceStepError, match="no disk"):
+        fit_interruptibly(fit, lambda: None)

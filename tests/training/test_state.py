@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from acestep_ray.diffusion.objective import flow_matching_losses
-from acestep_ray.errors import AceStepError
-from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.export.lora import LORA_FILE, lora_bytes
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import StorageError, Store
 from acestep_ray.training import state as state_module
-from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora import ADAPTER_NAME, add_lora
 from acestep_ray.training.optim import build_optimizer, set_learning_rate
 from acestep_ray.training.state import (
     OPTIMIZER_FILE,
@@ -23,6 +23,10 @@ from acestep_ray.training.state import (
     WEIGHTS_FILE,
     Checkpoints,
     TrainingState,
+    best_step,
+    locate_checkpoint,
+    restore,
+    take_snapshot,
     trainable_parameters,
 )
 from tests.models.test_padding import CONFIG, pad, random_song
@@ -43,14 +47,30 @@ def take_step(model, optimizer, song):
     optimizer.zero_grad()
 
 
+def save(checkpoints: Checkpoints, model, optimizer, state: TrainingState) -> None:
+    files = {LORA_FILE: lora_bytes(model, ADAPTER_NAME)}
+    checkpoints.save(take_snapshot(model, optimizer, files), state)
+
+
+def load_latest(checkpoints: Checkpoints, model, optimizer, warn) -> TrainingState | None:
+    found = checkpoints.read_latest(model, warn)
+    if found is None:
+        return None
+    restore(model, optimizer, found[1])
+    return found[0]
+
+
 def saved(store: Store, *steps: int, **options) -> Checkpoints:
     """Checkpoints of a run after one step, under these numbers."""
     model, optimizer = new_run()
     take_step(model, optimizer, 0)
     checkpoints = Checkpoints(store, **options)
     for step in steps:
-        checkpoints.save(
-            model, optimizer, TrainingState(step, {"fixed_noise": {"1": 3.0, "2": 1.0, "3": 2.0}})
+        save(
+            checkpoints,
+            model,
+            optimizer,
+            TrainingState(step, {"fixed_noise": {"1": 3.0, "2": 1.0, "3": 2.0}}),
         )
     checkpoints.finish()
     return checkpoints
@@ -73,13 +93,13 @@ def test_a_resumed_run_is_the_same_run(store, monkeypatch):
     for song in (0, 1):
         take_step(model, optimizer, song)
     checkpoints = Checkpoints(store)
-    checkpoints.save(model, optimizer, TrainingState(2, {"fixed_noise": {}}))
+    save(checkpoints, model, optimizer, TrainingState(2, {"fixed_noise": {}}))
     # What is written is the state at that step, whatever training does meanwhile.
     take_step(model, optimizer, song=3)
     training_goes_on.set()
     checkpoints.finish()
     resumed, resumed_optimizer = new_run()
-    state = Checkpoints(store).load_latest(resumed, resumed_optimizer, pytest.fail)
+    state = load_latest(Checkpoints(store), resumed, resumed_optimizer, pytest.fail)
     assert state.step == 2
     take_step(resumed, resumed_optimizer, song=3)
     for name, parameter in trainable_parameters(model).items():
@@ -97,7 +117,7 @@ def test_it_holds_what_is_trained_and_never_the_frozen_model(tmp_path):
 
 
 def test_a_run_without_checkpoints_starts_from_nothing(store):
-    assert Checkpoints(store).load_latest(*new_run(), pytest.fail) is None
+    assert load_latest(Checkpoints(store), *new_run(), pytest.fail) is None
     assert Checkpoints(store).latest_state() is None
 
 
@@ -130,7 +150,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_taken(store, file
         changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
         folder.write_bytes(file, content[: len(content) // 2] if damage == "cut" else changed)
     told = []
-    state = checkpoints.load_latest(*new_run(), told.append)
+    state = load_latest(checkpoints, *new_run(), told.append)
     assert state.step == 9
     if file == STATE_FILE and damage == "deleted":
         assert told == []  # without it, the checkpoint was never there
@@ -145,7 +165,7 @@ def test_checkpoints_of_which_none_can_be_used_are_not_written_over(store):
         checkpoints.folder(step).write_bytes(WEIGHTS_FILE, b"")
     told = []
     with pytest.raises(AceStepError, match="none of the 2 checkpoints"):
-        checkpoints.load_latest(*new_run(), told.append)
+        load_latest(checkpoints, *new_run(), told.append)
     assert len(told) == 2
 
 
@@ -154,7 +174,7 @@ def test_a_checkpoint_of_another_version_is_refused(store):
     state = json.loads(checkpoints.folder(1).read_bytes(STATE_FILE))
     checkpoints.folder(1).write_bytes(STATE_FILE, json.dumps({**state, "format": 1}).encode())
     with pytest.raises(AceStepError, match="has the format 1"):
-        checkpoints.load_latest(*new_run(), pytest.fail)
+        load_latest(checkpoints, *new_run(), pytest.fail)
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_message_too(store, monkeypatch):
@@ -190,12 +210,12 @@ def test_a_full_disk_is_one_message_and_the_checkpoints_before_stay(store, monke
         AceStepError, match=r"step 11 cannot be written.*No space left(?s:.*)goes on from step 10"
     ):
         saved(store, 11)
-    assert Checkpoints(store).load_latest(*new_run(), pytest.fail).step == 10
+    assert load_latest(Checkpoints(store), *new_run(), pytest.fail).step == 10
 
 
 def test_storage_that_fails_now_and_then_is_asked_again(store, monkeypatch):
     fail_to_write(monkeypatch, 1, StorageError("slow down"), OSError(errno.EIO, "Input/output error"))
-    assert saved(store, 1).load_latest(*new_run(), pytest.fail).step == 1
+    assert load_latest(saved(store, 1), *new_run(), pytest.fail).step == 1
 
 
 def test_storage_that_keeps_failing_ends_the_run(store, monkeypatch):
@@ -203,6 +223,38 @@ def test_storage_that_keeps_failing_ends_the_run(store, monkeypatch):
     with pytest.raises(AceStepError, match=r"slow down(?s:.*)goes on from the start"):
         saved(store, 1)
     assert Checkpoints(store).steps() == []
+
+
+def test_large_weights_lie_in_several_files_and_come_back(store, monkeypatch):
+    monkeypatch.setattr(state_module, "_FILE_BYTES", 4_000)
+    checkpoints = saved(store, 1)
+    names = checkpoints.folder(1).names()
+    assert {"trainable.safetensors", "trainable-1.safetensors", "optimizer-1.safetensors"} <= set(names)
+    model, optimizer = new_run()
+    load_latest(checkpoints, model, optimizer, pytest.fail)
+    expected_model, expected = new_run()
+    take_step(expected_model, expected, 0)
+    pairs = zip(*(trainable_parameters(m).values() for m in (model, expected_model)), strict=True)
+    for found, wanted in pairs:
+        assert torch.equal(optimizer.state[found]["exp_avg"], expected.state[wanted]["exp_avg"])
+    checkpoints.folder(1).delete(["optimizer-1.safetensors"])
+    with pytest.raises(AceStepError, match="none of the 1 checkpoints"):
+        load_latest(checkpoints, *new_run(), lambda line: None)
+
+
+def test_held_out_songs_decide_which_checkpoint_is_best_where_there_are_some():
+    trained_on = {"fixed_noise": {"1": 3.0, "2": 2.0, "3": 1.0}}
+    assert best_step(trained_on, [1, 2]) == 2
+    assert best_step({**trained_on, "validation": {"1": 3.0, "2": 2.0, "3": 2.5}}, [1, 2, 3]) == 2
+    assert best_step({"fixed_noise": {}}, [1]) is None
+
+
+@pytest.mark.parametrize(("path", "step"), [("step=2", 2), ("", 3), ("step=1/", 1)])
+def test_a_checkpoint_is_found_by_its_folder_or_the_one_above(tmp_path, path, step):
+    saved(Store.at(tmp_path), 1, 2, 3)
+    assert locate_checkpoint(f"{tmp_path}/{path}")[1] == step
+    with pytest.raises(InputError, match="step=N"):
+        locate_checkpoint(f"{tmp_path}/step=7")
 
 
 def test_the_last_ones_and_the_best_are_kept(store):
@@ -213,14 +265,14 @@ def test_the_last_ones_and_the_best_are_kept(store):
 
 def test_a_step_can_be_written_again_and_is_not_there_until_it_is_whole(store, monkeypatch):
     saved(store, 3, 4, 4)
-    assert Checkpoints(store).load_latest(*new_run(), pytest.fail).step == 4
+    assert load_latest(Checkpoints(store), *new_run(), pytest.fail).step == 4
     fail_to_write(monkeypatch, 4, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(AceStepError, match="goes on from step 3"):
         saved(store, 4)
-    assert Checkpoints(store).load_latest(*new_run(), pytest.fail).step == 3
+    assert load_latest(Checkpoints(store), *new_run(), pytest.fail).step == 3
 
 
 def test_a_checkpoint_of_another_lora_is_refused(store):
     checkpoints = saved(store, 1)
     with pytest.raises(AceStepError, match="other trained parameters"):
-        checkpoints.load_latest(*new_run(rank=8), pytest.fail)
+        load_latest(checkpoints, *new_run(rank=8), pytest.fail)

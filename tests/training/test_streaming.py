@@ -311,7 +311,7 @@ def test_two_workers_on_two_cpus_stream_what_one_trains_on(cache, config, tmp_pa
     assert streamed.first_loss == pytest.approx(alone["first"], rel=1e-5)
     assert streamed.last_loss == pytest.approx(alone["last"], rel=1e-5)
     expected = latest_weights(settings)
-    found = load_file(streamed.lora.parent / WEIGHTS_FILE)
+    found = load_file(streamed.result.parent / WEIGHTS_FILE)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
