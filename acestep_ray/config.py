@@ -91,6 +91,8 @@ class TrainConfig:
     """Checkpoint directory of the base model, in the released layout."""
     lora_config_path: str | None = None
     """JSON file with the LoRA configuration (any field of PEFT's LoraConfig); none trains the model's own weights."""
+    init_lora_path: str | None = None
+    """LoRA to start from: a file, or a directory with one; of several named adapters, one directory each."""
     train_parameters: str | None = None
     """Without a LoRA: the modules or parameters to train, with commas, `*` for anything; none trains all."""
     exp_name: str = "text2music_train_test"

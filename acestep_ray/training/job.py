@@ -47,8 +47,9 @@ from acestep_ray.training.experiment import (
     run_identity,
 )
 from acestep_ray.training.holdout import hold_out, recordings_of_cache
-from acestep_ray.training.lora import add_lora, read_lora_config
-from acestep_ray.training.model import choose_trained
+from acestep_ray.training.leaving import SavingTorchConfig, leaving
+from acestep_ray.training.lora import add_lora, load_lora, read_lora_config
+from acestep_ray.training.model import choose_trained, initial_loras
 from acestep_ray.training.scan import SONGS, read_songs, scan
 from acestep_ray.training.state import Checkpoints, best_step, locate_checkpoint
 from acestep_ray.training.streaming import Stream
@@ -118,7 +119,7 @@ class TrainSummary:
     fixed_noise: dict[str, float]
     """Fixed-noise loss by step."""
     result: Path
-    """The LoRA file of the last checkpoint, or the folder of the fine-tuned transformer."""
+    """The LoRA file of the last checkpoint, its folder where there are several, or the fine-tuned transformer's."""
     samples: list[Path]
     experiment: Path
     tracking_uri: str | None
@@ -242,6 +243,12 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         raise InputError("unknown way to clip gradients", where=where, fix="norm or value")
     if Path(config.exp_name).name != config.exp_name or config.exp_name in (".", ".."):
         raise InputError("not a plain name", where=f"--exp_name {config.exp_name!r}", fix="use no slashes")
+    if config.lora_config_path is None and config.init_lora_path is not None:
+        raise InputError(
+            "a LoRA to start from needs a configuration of the same size",
+            where=f"--init_lora_path {config.init_lora_path}",
+            fix="give --lora_config_path",
+        )
     for name in ("train_parameters", "cpu_offload"):
         if config.lora_config_path is not None and getattr(config, name):
             raise InputError(
@@ -263,6 +270,7 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         # Workers have a working directory of their own.
         checkpoint_dir=str(Path(config.checkpoint_dir).resolve()),
         dataset_path=Store.at(config.dataset_path).url,
+        init_lora_path=config.init_lora_path and str(Path(config.init_lora_path).resolve()),
         ckpt_path=config.ckpt_path and Store.at(config.ckpt_path).url,
     )
 
@@ -273,6 +281,8 @@ def check_model(config: TrainConfig, lora: dict | None, checkpoint: CheckpointDi
         transformer = ACEStepTransformer(checkpoint.transformer_config)
         if lora is not None:
             add_lora(transformer, lora, config.lora_config_path)
+            for adapter, path in initial_loras(config.init_lora_path, lora).items():
+                load_lora(transformer, path, adapter)
         else:
             choose_trained(transformer, config.train_parameters, with_ssl=config.ssl_coeff > 0)
 
@@ -413,7 +423,8 @@ def find_result(settings: WorkerSettings, checkpoint: CheckpointDir, step: int, 
     """The LoRA file of a checkpoint, or the whole transformer, which is written from it."""
     checkpoints = Checkpoints(settings.checkpoints)
     if settings.lora is not None:
-        return checkpoints.folder(step).path / LORA_FILE
+        folder = checkpoints.folder(step).path
+        return folder if "adapters" in settings.lora else folder / LORA_FILE
     return export_transformer(checkpoint, checkpoints.read_weights(step), experiment / EXPORT_FOLDER)
 
 
@@ -444,6 +455,10 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     trainer = TorchTrainer(
         # Not as `train_loop_config`, which Ray Train's controller would unpickle too, seconds of imports for nothing.
         partial(run_worker, settings, console.say, stop.asked),
+        # NCCL moves what is on GPUs; what `cpu_offload` keeps in the host's memory takes gloo.
+        torch_config=SavingTorchConfig(
+            backend="cpu:gloo,cuda:nccl" if use_gpu and config.cpu_offload else None
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers if config.min_devices in (None, workers) else (config.min_devices, workers),
             use_gpu=use_gpu,
@@ -543,10 +558,13 @@ def run_worker(
         workers=context.get_world_size(),
         device=ray.train.torch.get_device(),
         asked_to_stop=asked_to_stop,
+        asked_to_save=leaving.asked,
+        saved=leaving.saved.set,
         preempted=lambda: ray.train.get_preemption_info() is not None,
     )
     try:
-        return train_worker(settings, place, report_to_ray, say)
+        with leaving:
+            return train_worker(settings, place, report_to_ray, say)
     except AceStepError as error:
         if place.workers > 1 and not isinstance(error, TrainingDivergedError):
             raise

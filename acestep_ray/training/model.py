@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.export.lora import ADAPTER_NAME, find_lora_file
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer, DepthwiseConv
-from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora import adapter_configs, add_lora, load_lora
 
 AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 """What matrix products are computed in; "32" is not among them."""
@@ -40,10 +42,25 @@ def build_transformer(config: TrainConfig, lora: Mapping | None, device: torch.d
     else:
         torch.manual_seed(config.seed)  # LoRA's first matrices are random
         add_lora(transformer, lora)
+        for adapter, path in initial_loras(config.init_lora_path, lora).items():
+            load_lora(transformer, path, adapter)
     if config.precision == "bf16-true":
         store_frozen_as_bfloat16(transformer)
     transformer.activation_checkpointing = config.activation_checkpointing
     return transformer
+
+
+def initial_loras(path: str | None, lora: Mapping) -> dict[str, str]:
+    """The LoRA that each adapter starts from, by its name: `path` itself, or for named adapters `path`/NAME.
+
+    Raises InputError where a named adapter has none.
+    """
+    if path is None:
+        return {}
+    adapters = list(adapter_configs(lora))
+    if adapters == [ADAPTER_NAME]:
+        return {ADAPTER_NAME: path}
+    return {name: str(find_lora_file(Path(path) / name)) for name in adapters}
 
 
 def choose_trained(transformer: ACEStepTransformer, patterns: str | None, *, with_ssl: bool) -> list[str]:

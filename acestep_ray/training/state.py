@@ -347,7 +347,8 @@ def _is_distributed() -> bool:
 
 def _communication_device(tensor: Tensor) -> torch.device:
     """Where NCCL wants what it sends."""
-    return torch.device("cuda") if torch.distributed.get_backend() == "nccl" else tensor.device
+    is_nccl = torch.distributed.get_backend() == torch.distributed.Backend.NCCL
+    return torch.device("cuda") if is_nccl else tensor.device
 
 
 def from_first_worker(value: Any) -> Any:

@@ -20,11 +20,10 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.diffusion.objective import SampleLosses, TrainingBatch, flow_matching_losses
 from acestep_ray.diffusion.schedule import training_sigmas
 from acestep_ray.errors import AceStepError
-from acestep_ray.export.lora import LORA_FILE, lora_bytes
+from acestep_ray.export.lora import lora_files
 from acestep_ray.storage import Store
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
-from acestep_ray.training.lora import ADAPTER_NAME
 from acestep_ray.training.model import (
     AUTOCAST_DTYPES,
     build_transformer,
@@ -88,6 +87,10 @@ def never() -> bool:
     return False
 
 
+def nobody() -> None:
+    """Nobody waits."""
+
+
 @dataclass(frozen=True)
 class WorkerPlace:
     """Which of the run's workers this is, and how it learns of what goes on around it."""
@@ -99,6 +102,8 @@ class WorkerPlace:
     """Whether the user wants the run to end; looked at in every step."""
     asked_to_save: Callable[[], bool] = never
     """Whether this worker's process is about to end; looked at in every step."""
+    saved: Callable[[], None] = nobody
+    """Called when what was asked for is saved."""
     preempted: Callable[[], bool] = never
     """Whether a machine of the run is about to go; all workers ask together, now and then."""
 
@@ -305,7 +310,9 @@ class Trainer:
         if plot:
             self.write_sample(state)
         if save:
-            self.save(state, is_end=last or stop)
+            self.save(state, wait=last or stop or asked_to_save)
+        if asked_to_save:
+            self.place.saved()
         return stop
 
     def is_preempted(self, step: int) -> bool:
@@ -349,7 +356,7 @@ class Trainer:
             self.tracker.log({step: {**values, **extra} for step, values in metrics.items()})
             self.progress.show(state.step, state.losses.get("last", math.nan))
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            self.save(state, is_end=True)
+            self.save(state, wait=True)
             raise TrainingDivergedError(
                 f"the last {self.skipped_in_a_row} steps before step {state.step} had no finite loss and were skipped; "
                 f"what there is was saved as {self.checkpoints.folder(state.step).url}\n"
@@ -415,19 +422,17 @@ class Trainer:
         if self.tracker is not None:
             self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
 
-    def save(self, state: TrainingState, *, is_end: bool) -> None:
-        """Write a checkpoint, while training goes on but at its end, and report it."""
+    def save(self, state: TrainingState, *, wait: bool) -> None:
+        """Write a checkpoint, while training goes on unless `wait`, and report it."""
         if self.scaler.is_enabled():
             state.loss_scale = self.scaler.state_dict()
         # With whole parameters on every worker, the first one's are enough.
         snapshot = None
         if self.rank == 0 or self.together:
-            files = {}
-            if self.settings.lora is not None:
-                files = {LORA_FILE: lora_bytes(self.transformer, ADAPTER_NAME)}
+            files = lora_files(self.transformer) if self.settings.lora is not None else {}
             snapshot = take_snapshot(self.transformer, self.optimizer, files)
         place = self.checkpoints.save(snapshot, state) if snapshot is not None else None
-        if is_end:
+        if wait:
             self.checkpoints.finish()
         metrics = {"step": state.step}
         if "last" in state.losses:

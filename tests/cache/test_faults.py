@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from tests.cache.conftest import SongFolder, noise
 from tests.cache.runs import encode_directly, rows_of
+from tests.processes import wait_until, worker_processes
 
 SONGS = 8
 
@@ -64,28 +64,6 @@ def stored_parts(config: PrecomputeConfig) -> int:
     return len(list(Path(config.output_dir).glob(".incoming/ledgers/*.parquet")))
 
 
-def wait_until(condition: Callable[[], bool], ended: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert not ended(), "the run has ended before it could be disturbed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def worker_processes(name: str) -> list[int]:
-    """Process ids of Ray's workers that run what `name` says."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if title.startswith("ray::") and name in title:
-                found.append(int(entry.name))
-    return found
-
-
 def run_and_kill(config: PrecomputeConfig, address: str, moment: Callable[[], bool]) -> None:
     """Run the job in a process of its own, and kill that when the moment has come."""
     code = (
@@ -108,11 +86,11 @@ def test_workers_that_are_killed_cost_no_song(two_cpus, config):
     run = threading.Thread(target=lambda: outcome.append(precompute(config)), daemon=True)
     run.start()
     for stage, moment in (
-        ("_decode", lambda: bool(worker_processes("_decode"))),
+        ("_decode", lambda: bool(worker_processes("_decode", two_cpus))),
         ("_Encode", lambda: stored_parts(config) > 0),
     ):
         wait_until(moment, lambda: not run.is_alive())
-        victims = worker_processes(stage)
+        victims = worker_processes(stage, two_cpus)
         assert victims
         for pid in victims:
             os.kill(pid, signal.SIGKILL)

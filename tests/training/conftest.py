@@ -18,6 +18,7 @@ from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.samples import SAMPLER
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints
 from acestep_ray.training.worker import WorkerPlace, WorkerSettings, train_worker
 from tests.cache.rows import finish
@@ -55,6 +56,12 @@ def write_tiny_cache(checkpoint, tmp_path_factory):
 def tiny_cache(write_tiny_cache) -> Path:
     """All three songs."""
     return write_tiny_cache(*SECONDS)
+
+
+@pytest.fixture(autouse=True)
+def quick_samples(monkeypatch):
+    """Samples of few steps: most runs of these tests end with one."""
+    monkeypatch.setitem(SAMPLER, "steps", 2)
 
 
 class Killed(Exception):

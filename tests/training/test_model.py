@@ -146,12 +146,12 @@ def test_frozen_weights_in_bfloat16_give_the_same_numbers_in_half_the_memory(con
 
 
 def test_half_precision_scales_its_loss_and_resumes_with_the_scale(config, tmp_path):
-    config = replace(config, precision="16-mixed", max_steps=6)
+    config = replace(config, precision="16-mixed")
     settings = settings_in(tmp_path / "killed", config)
 
     with pytest.raises(Killed):
-        train_alone(settings, kill_at(4))
-    noted = Checkpoints(settings.checkpoints).read_state(4)["loss_scale"]
+        train_alone(settings, kill_at(2))
+    noted = Checkpoints(settings.checkpoints).read_state(2)["loss_scale"]
     assert noted["scale"] >= 1
     resumed = train_alone(settings)
     unbroken = settings_in(tmp_path / "unbroken", config)

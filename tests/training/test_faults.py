@@ -1,0 +1,127 @@
+"""Processes of a training run that are ended in the middle: it goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from acestep_ray.config import TrainConfig
+from acestep_ray.errors import EXIT_INTERRUPTED
+from acestep_ray.storage import Store
+from acestep_ray.training.job import train
+from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.state import Checkpoints
+from tests.processes import wait_until, worker_processes
+from tests.training.conftest import latest_weights, settings_in, train_alone
+
+STEPS = 400
+SAVED_EVERY = 25
+
+
+@pytest.fixture
+def config(checkpoint, tiny_cache, tmp_path) -> TrainConfig:
+    lora_config = tmp_path / "lora_config.json"
+    lora_config.write_text(
+        '{"r": 4, "lora_dropout": 0.1, "target_modules": ["to_q", "to_v"]}', encoding="utf-8"
+    )
+    return TrainConfig(
+        dataset_path=str(tiny_cache),
+        checkpoint_dir=str(checkpoint.path),
+        lora_config_path=str(lora_config),
+        exp_name="disturbed",
+        exp_dir=str(tmp_path / "exps"),
+        logger_dir=str(tmp_path / "exps" / "logs"),
+        tracking_uri="none",
+        learning_rate=3e-3,
+        max_steps=STEPS,
+        precision="32",
+        device="cpu",
+        ssl_coeff=0,
+        num_workers=1,
+        every_n_train_steps=SAVED_EVERY,
+        every_plot_step=10_000,
+        plot_seconds=2.0,
+        seed=5,
+    )
+
+
+class Run:
+    """`acestep-ray train` as a user starts it, in a process of its own."""
+
+    def __init__(self, config: TrainConfig, address: str):
+        flags = [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "acestep_ray", "train", *flags],
+            env={**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def finish(self) -> tuple[int, str]:
+        """Its exit code and what it said."""
+        output, _ = self.process.communicate(timeout=200)
+        return self.process.returncode, output
+
+
+@pytest.mark.ray
+def test_a_run_whose_processes_are_ended_one_after_another_is_the_run_that_was_left_alone(
+    two_cpus, config, tmp_path
+):
+    checkpoints = Checkpoints(Store.at(tmp_path / "exps" / "disturbed" / "checkpoints"))
+
+    def has_saved(count: int) -> bool:
+        return len(checkpoints.steps()) >= count
+
+    run = Run(config, two_cpus)
+    try:
+        # A worker that is killed costs the steps since the last checkpoint.
+        wait_until(lambda: has_saved(2), run.has_ended)
+        for pid in worker_processes("RayTrainWorker", two_cpus):
+            os.kill(pid, signal.SIGKILL)
+        # One that is told to end, as on a machine that is about to go, saves first: at any step.
+        wait_until(lambda: has_saved(5), run.has_ended)
+        told = worker_processes("RayTrainWorker", two_cpus)
+        for pid in told:
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not any(Path("/proc", str(pid)).exists() for pid in told), run.has_ended)
+        in_between = [step for step in checkpoints.steps() if step % SAVED_EVERY]
+        assert len(in_between) == 1
+        # The command that is told to end saves, and says where it stopped.
+        seen = len(checkpoints.steps())
+        wait_until(lambda: has_saved(seen + 2), run.has_ended)
+        run.process.send_signal(signal.SIGTERM)
+        code, output = run.finish()
+    finally:
+        run.process.kill()
+    assert code == EXIT_INTERRUPTED
+    stopped_at = int(re.search(r"stopped at step (\d+), which is saved", output)[1])
+    assert checkpoints.steps()[-1] == stopped_at < STEPS
+
+    # A command that is killed saves nothing more.
+    run = Run(config, two_cpus)
+    try:
+        wait_until(lambda: checkpoints.steps()[-1] > stopped_at, run.has_ended)
+    finally:
+        run.process.kill()
+        run.process.wait()
+    summary = train(config)
+    assert summary.steps == STEPS
+
+    alone = settings_in(tmp_path / "alone", config, lora=read_lora_config(config.lora_config_path))
+    expected = train_alone(alone)
+    assert summary.last_loss == expected["last"]
+    disturbed = settings_in(tmp_path / "exps" / "disturbed", config)
+    found = latest_weights(disturbed)
+    for name, value in latest_weights(alone).items():
+        assert torch.equal(found[name], value), name
