@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from acestep_ray.diffusion.objective import SampleLosses, TrainingBatch, flow_ma
 from acestep_ray.diffusion.schedule import training_sigmas
 from acestep_ray.errors import AceStepError
 from acestep_ray.export.lora import lora_files
+from acestep_ray.models.flops import Lengths, Trained, model_flops
 from acestep_ray.storage import Store
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
@@ -51,6 +53,7 @@ from acestep_ray.training.state import (
     trainable_parameters,
 )
 from acestep_ray.training.streaming import CacheSource, SongSource, Stream, StreamSource
+from acestep_ray.training.throughput import Throughput, peak_flops, seconds_of
 from acestep_ray.training.validation import (
     FIXED_NOISE,
     SONGS,
@@ -157,6 +160,8 @@ class Trainer:
         self.together = is_sharded(self.model)
         self.trained = list(trainable_parameters(self.transformer).values())
         self.optimizer = build_optimizer(self.trained, config.weight_decay)
+        self.counted_as_trained = Trained.of(self.transformer)
+        self.throughput = Throughput(self.device, self.workers, peak=peak_flops(self.device))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "16-mixed")
 
         self.checkpoints = Checkpoints(settings.checkpoints, keep_last=config.keep_last)
@@ -205,7 +210,9 @@ class Trainer:
         mine = (item for step in steps for item in self.micro_batches(step))
         loaded = self.source.read_ahead(mine, self.make_batch, self.config.num_workers)
         for step in steps:
-            yield [next(loaded) for _ in self.micro_batches(step)]
+            with self.throughput.data_wait():
+                batches = [next(loaded) for _ in self.micro_batches(step)]
+            yield batches
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This worker's part of a step; where all compute together, one more for those that would have none left."""
@@ -227,7 +234,9 @@ class Trainer:
         # PEFT's dropout draws from torch's own stream, which then follows from the step as all else does.
         torch.manual_seed(counter_seed("dropout", self.config.seed, step, self.rank))
         sums = self.accumulate_gradients(step, batches)
-        means = self.add_up(sums, songs=sum(len(item.songs) for item in self.plan.step(step)))
+        songs = [song for item in self.plan.step(step) for song in item.songs]
+        means, flops = self.add_up(sums, len(songs), self.count_flops(step, batches))
+        self.throughput.step(len(songs), seconds_of(int(self.source.latent_frames[songs].sum())), flops)
         rate = learning_rate_at(
             step,
             peak=self.config.learning_rate,
@@ -261,16 +270,32 @@ class Trainer:
                     sums[name] = sums.get(name, 0.0) + values.detach().sum()
         return sums
 
-    def add_up(self, sums: dict[str, Tensor], songs: int) -> dict[str, Tensor]:
-        """Means over the songs of all workers; what the workers ask for travels with them."""
+    def count_flops(self, step: int, batches: list[TrainingBatch]) -> float:
+        """Useful operations of this worker's part of a step: of its songs without their padding."""
+        mine = batches[: len(self.plan.step(step)[self.rank :: self.workers])]
+        lengths = [
+            Lengths.of(*(mask.sum(dim=1).tolist() for mask in (b.frame_mask, b.text_mask, b.lyric_mask)))
+            for b in mine
+        ]
+        with_ssl = self.config.ssl_coeff > 0
+        count = partial(
+            model_flops, self.transformer.config, with_ssl=with_ssl, trained=self.counted_as_trained
+        )
+        return float(sum(count(one).total for one in lengths))
+
+    def add_up(
+        self, sums: dict[str, Tensor], songs: int, flops: float
+    ) -> tuple[dict[str, Tensor], float | Tensor]:
+        """Means over the songs of all workers, and their operations; what they ask for travels with these."""
         asked = [float(self.place.asked_to_save()), float(self.place.asked_to_stop())]
         if self.workers == 1:
             self.votes.put(torch.tensor(asked))
-            return {name: value / songs for name, value in sums.items()}
-        together = torch.stack([*sums.values(), *torch.tensor(asked).to(self.device, non_blocking=True)])
+            return {name: value / songs for name, value in sums.items()}, flops
+        extra = torch.tensor([flops, *asked]).to(self.device, non_blocking=True)
+        together = torch.cat([torch.stack(list(sums.values())), extra])
         torch.distributed.all_reduce(together)
-        self.votes.put(together[len(sums) :])
-        return {name: value / songs for name, value in zip(sums, together, strict=False)}
+        self.votes.put(together[-2:])
+        return {name: value / songs for name, value in zip(sums, together, strict=False)}, together[-3]
 
     def update_weights(self, loss: Tensor) -> Tensor:
         """One step of the optimizer, unless loss or gradients are not finite; returns the gradients' norm.
@@ -302,15 +327,16 @@ class Trainer:
         plot = last or step % config.every_plot_step == 0
         if plot or save or validate or len(self.unlogged) >= LOG_EVERY:
             self.flush_metrics(state)
-        if validate:
-            self.validate(state)
-            if not last and self.has_stopped_improving(state):
-                state.losses["stopped_early"] = step
-                save = stop = True
-        if plot:
-            self.write_sample(state)
-        if save:
-            self.save(state, wait=last or stop or asked_to_save)
+        with self.throughput.paused():
+            if validate:
+                self.validate(state)
+                if not last and self.has_stopped_improving(state):
+                    state.losses["stopped_early"] = step
+                    save = stop = True
+            if plot:
+                self.write_sample(state)
+            if save:
+                self.save(state, wait=last or stop or asked_to_save)
         if asked_to_save:
             self.place.saved()
         return stop
@@ -348,6 +374,8 @@ class Trainer:
             self.skipped_in_a_row += 1
             state.losses["skipped"] = state.losses.get("skipped", 0) + 1
             self.tell_of_skipped(step, values)
+        if metrics:  # what the GPU had to do for them is done
+            metrics[max(metrics)].update(self.throughput.metrics())
         self.unlogged, self.finite = {}, {}
         if self.tracker is not None:
             extra = {"skipped_steps": float(state.losses.get("skipped", 0))}

@@ -20,6 +20,8 @@ from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.worker import TrainingDivergedError, build_plan
 from tests.training.conftest import Killed, latest_weights, settings_in, train_alone
 
+RATES = ("steps_per_second", "songs_per_second", "audio_seconds_per_second", "tflops", "data_wait")
+
 
 @pytest.fixture
 def settings(checkpoint, tiny_cache, tmp_path):
@@ -192,3 +194,21 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_advice_and_a_checkpoin
     with pytest.raises(TrainingDivergedError, match=r"before step 6(?s:.*)step=6\n(?s:.*)--learning_rate"):
         train_alone(replace(settings, config=config))
     assert Checkpoints(settings.checkpoints).steps() == [6]
+
+
+def test_a_run_tells_how_fast_it_is_and_what_it_waits_for(settings):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(settings.config, max_steps=20)
+    train_alone(replace(settings, config=config, total_steps=20))
+    events = EventAccumulator(str(settings.log_dir)).Reload()
+    rate = {name: [e.value for e in events.Scalars(f"throughput/{name}")][-1] for name in RATES}
+    assert rate["songs_per_second"] / rate["steps_per_second"] == pytest.approx(
+        1.5, abs=0.51
+    )  # 2 and 1 in turns
+    seconds = rate["audio_seconds_per_second"] / rate["songs_per_second"]
+    assert 3.0 < seconds < 6.5  # of a song
+    assert rate["tflops"] > 0
+    assert 0 <= rate["data_wait"] < 1
+    assert [e.value for e in events.Scalars("memory/allocated_gb")][-1] > 0.1
+    assert "throughput/mfu" not in events.Tags()["scalars"]  # nobody knows a CPU's peak
