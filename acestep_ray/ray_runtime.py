@@ -8,10 +8,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acestep_ray.errors import InputError
 
@@ -47,6 +49,12 @@ def has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
+def beside_driver(cls: type) -> Any:
+    """`cls` as an actor class whose actors lie on the driver's node: another node's loss does not end them."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(cls)
+
+
 class _Flag:
     """An actor that somebody raises once."""
 
@@ -66,7 +74,7 @@ class StopSignal:
     INTERVAL_SECONDS = 1.0
 
     def __init__(self):
-        self._flag = ray.remote(num_cpus=0)(_Flag).remote()
+        self._flag = beside_driver(_Flag).remote()
 
     def request(self) -> None:
         """Ask the workers to stop."""
@@ -125,7 +133,7 @@ class Console:
     INTERVAL_SECONDS = 0.5
 
     def __init__(self):
-        self._lines = ray.remote(num_cpus=0)(_Lines).remote()
+        self._lines = beside_driver(_Lines).remote()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print_until_ended, daemon=True)
 

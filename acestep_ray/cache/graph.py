@@ -36,6 +36,7 @@ from acestep_ray.cache.transport import (
 from acestep_ray.data.audio import MIN_SECONDS, SAMPLE_RATE, probe_seconds
 from acestep_ray.data.schema import RejectReason, locate_file
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.ray_runtime import beside_driver
 from acestep_ray.storage import Store
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Graph:
     @cached_property
     def attempts(self) -> Any:
         """The actor that counts attempts, of this run."""
-        return ray.remote(num_cpus=0)(Attempts).remote()
+        return beside_driver(Attempts).remote()
 
     def _write_lists(self, songs: Iterable[Song], per_list: int) -> list[str]:
         """Write lists of songs beside the cache, for any worker to read: they need not fit in memory."""

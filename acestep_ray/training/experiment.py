@@ -14,6 +14,8 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 
 IDENTITY_FILE = "run.json"
+FINGERPRINTS = {"dataset": "songs of --dataset_path", "transformer": "transformer of --checkpoint_dir"}
+"""What a run's identity calls them."""
 _LOCK_FILE = ".lock"
 
 # A change of any makes another run of what goes on from the last checkpoint. `max_steps` and `epochs` are not among
@@ -52,8 +54,8 @@ def run_identity(
     )
     identity.update({f"LoRA {name}": value for name, value in (lora or {}).items()})
     return {
-        "songs of --dataset_path": songs,
-        "transformer of --checkpoint_dir": transformer,
+        FINGERPRINTS["dataset"]: songs,
+        FINGERPRINTS["transformer"]: transformer,
         # As it is read back: a tuple is a list in JSON.
         **json.loads(json.dumps(identity)),
     }
@@ -72,7 +74,7 @@ def check_unchanged(experiment: Path, identity: Mapping[str, Any], *, allow_chan
     for name in dict.fromkeys([*before, *identity]):
         old, new = before.get(name), identity.get(name)
         if old != new:
-            is_fingerprint = name.startswith(("songs", "transformer"))
+            is_fingerprint = name in FINGERPRINTS.values()
             lines.append(f"\n  - {name}: {'not the same' if is_fingerprint else f'{old} → {new}'}")
     if lines:
         raise InputError(

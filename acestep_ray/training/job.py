@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,8 +38,9 @@ from acestep_ray.models.checkpoint import CheckpointDir, file_sha256
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.ray_runtime import Console, StopSignal, connect, has_gpus
 from acestep_ray.storage import Store
-from acestep_ray.tracking import end_mlflow_run, mlflow_uri, start_mlflow_run
+from acestep_ray.tracking import end_mlflow_run, environment_tags, mlflow_uri, start_mlflow_run
 from acestep_ray.training.experiment import (
+    FINGERPRINTS,
     check_unchanged,
     make_folder,
     note_identity,
@@ -206,7 +207,7 @@ def train(config: TrainConfig) -> TrainSummary:
         done = finished_losses(settings)
         if done is None:
             note_identity(experiment, identity)
-            losses = run_workers(prepare_experiment(experiment, settings, tracking_uri), use_gpu)
+            losses = run_workers(prepare_experiment(experiment, settings, tracking_uri, identity), use_gpu)
         else:
             losses = done
     return TrainSummary(
@@ -400,6 +401,7 @@ def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: Train
             where=where,
             fix=fix,
         )
+    check_encoders(index, checkpoint, config)
     if config.ssl_coeff == 0:
         return
     wanted = dict(zip(model.ssl_names, model.ssl_latent_dims, strict=True))
@@ -408,6 +410,19 @@ def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: Train
             f"the SSL losses need the features {wanted}, the cache has {index.ssl_dims or 'none'}",
             where=where,
             fix="run precompute with a checkpoint that holds mert/ and mhubert/, or train with --ssl_coeff 0",
+        )
+
+
+def check_encoders(index: CacheIndex, checkpoint: CheckpointDir, config: TrainConfig) -> None:
+    """Raise InputError when the features come from other models than the checkpoint's, unless that is allowed."""
+    noted = index.manifest.get("checkpoint", {})
+    parts = ["codec", "text_encoder", *(checkpoint.ssl_names if config.ssl_coeff > 0 else ())]
+    others = [part for part in parts if part in noted and noted[part] != checkpoint.fingerprint(part)]
+    if others and not config.allow_changes:
+        raise InputError(
+            f"the cache was computed with another {' and another '.join(others)} than the checkpoint's",
+            where=f"{config.dataset_path} and {config.checkpoint_dir}",
+            fix="run precompute with this checkpoint, or train all the same with --allow_changes",
         )
 
 
@@ -429,9 +444,9 @@ def find_result(settings: WorkerSettings, checkpoint: CheckpointDir, step: int, 
 
 
 def prepare_experiment(
-    experiment: Path, settings: WorkerSettings, tracking_uri: str | None
+    experiment: Path, settings: WorkerSettings, tracking_uri: str | None, identity: Mapping[str, Any]
 ) -> WorkerSettings:
-    """Note the run's settings, and begin or continue its MLflow run."""
+    """Note the run's settings, and begin or continue its MLflow run, with what it trains on and with."""
     values = asdict(settings.config)
     (experiment / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     if tracking_uri is None:
@@ -439,7 +454,9 @@ def prepare_experiment(
     noted = experiment / "mlflow.json"
     known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
     run_id = known.get("run_id") if known.get("tracking_uri") == tracking_uri else None
-    run = start_mlflow_run(tracking_uri, "acestep-ray", settings.config.exp_name, values, run_id)
+    fingerprints = {f"fingerprint.{name}": str(identity[key]) for name, key in FINGERPRINTS.items()}
+    tags = {**environment_tags(), **fingerprints}
+    run = start_mlflow_run(tracking_uri, "acestep-ray", settings.config.exp_name, values, run_id, tags=tags)
     noted.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
     return replace(settings, mlflow_run=run)
 

@@ -187,7 +187,12 @@ class Trainer:
             if state.loss_scale:
                 self.scaler.load_state_dict(state.loss_scale)
         if self.rank == 0:
-            self.tracker = Tracker(self.settings.log_dir, self.settings.mlflow_run, first_step=state.step)
+            self.tracker = Tracker(
+                self.settings.log_dir,
+                self.settings.mlflow_run,
+                first_step=state.step,
+                say=self.progress.say,
+            )
         self.progress.start(state.step)
         return state
 
@@ -449,6 +454,7 @@ class Trainer:
             return
         if self.tracker is not None:
             self.tracker.log_audio(f"sample/{song.key}", *waveform, step=state.step)
+            self.tracker.log_artifacts(directory, f"samples/{directory.name}")
 
     def save(self, state: TrainingState, *, wait: bool) -> None:
         """Write a checkpoint, while training goes on unless `wait`, and report it."""

@@ -11,11 +11,13 @@ import threading
 from dataclasses import replace
 
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
-from acestep_ray.config import TrainConfig
+from acestep_ray.config import GenerateConfig, TrainConfig
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.generation.job import generate
 from acestep_ray.training import job
 from acestep_ray.training.experiment import only_run
 from acestep_ray.training.job import fit_interruptibly, reserved_by_worker, run_worker, train
@@ -75,6 +77,33 @@ def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, co
     assert again.finished_before
     assert again.last_loss == together.last_loss
     assert "already finished" in again.render()
+
+
+@pytest.mark.ray
+def test_all_weights_are_trained_by_two_workers_and_the_result_makes_music(two_cpus, config, tmp_path):
+    base = replace(config, exp_name="base", lora_config_path=None, devices=2, learning_rate=3e-4)
+    summary = train(base)
+    alone = settings_in(tmp_path, replace(base, devices=1, accumulate_grad_batches=2), lora=None)
+    assert summary.last_loss == pytest.approx(train_alone(alone)["last"], rel=1e-5)
+    assert summary.result == summary.experiment / "ace_step_transformer"
+    music = GenerateConfig(
+        checkpoint_dir=config.checkpoint_dir,
+        output_path=str(tmp_path / "music.wav"),
+        prompt="calm",
+        duration=2.0,
+        infer_steps=2,
+        device="cpu",
+    )
+    generate(replace(music, transformer_path=str(summary.result)))
+    tuned, _ = soundfile.read(music.output_path)
+    generate(music)
+    released, _ = soundfile.read(music.output_path)
+    assert tuned.shape == released.shape
+    assert (tuned != released).any()
+
+    shorter = train(replace(base, max_steps=2))
+    assert shorter.finished_before
+    assert shorter.steps == 3
 
 
 @pytest.mark.ray
@@ -141,6 +170,16 @@ def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache,
     manifest = json.loads((cache / "manifest.json").read_text())
     (cache / "manifest.json").write_text(json.dumps({**manifest, "ssl": {}}))
     with pytest.raises(InputError, match="--ssl_coeff 0"):
+        train(replace(config, dataset_path=str(cache)))
+
+
+def test_a_cache_of_another_checkpoints_encoders_is_refused(config, tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+    cache = tmp_path / "other"
+    shutil.copytree(tiny_cache, cache)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "checkpoint": {"codec": "0" * 64}}))
+    with pytest.raises(InputError, match=r"another codec than(?s:.*)--allow_changes"):
         train(replace(config, dataset_path=str(cache)))
 
 
