@@ -38,7 +38,15 @@ from acestep_ray.models.checkpoint import CheckpointDir, file_sha256
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.ray_runtime import Console, StopSignal, connect, has_gpus
 from acestep_ray.storage import Store
-from acestep_ray.tracking import end_mlflow_run, environment_tags, mlflow_uri, start_mlflow_run
+from acestep_ray.tracking import (
+    BUFFER_FILE,
+    MLflowRun,
+    Tracker,
+    end_mlflow_run,
+    environment_tags,
+    mlflow_uri,
+    start_mlflow_run,
+)
 from acestep_ray.training.experiment import (
     FINGERPRINTS,
     check_unchanged,
@@ -107,6 +115,7 @@ LIMITS = (
     ),
 )
 EXPORT_FOLDER = "ace_step_transformer"
+MLFLOW_FILE = "mlflow.json"
 _SIGNAL_SECONDS = 0.2
 
 
@@ -210,6 +219,7 @@ def train(config: TrainConfig) -> TrainSummary:
             losses = run_workers(prepare_experiment(experiment, settings, tracking_uri, identity), use_gpu)
         else:
             losses = done
+            send_what_was_kept(experiment, settings)
     return TrainSummary(
         steps=losses["step"],
         first_loss=losses.get("first", math.nan),
@@ -443,6 +453,14 @@ def find_result(settings: WorkerSettings, checkpoint: CheckpointDir, step: int, 
     return export_transformer(checkpoint, checkpoints.read_weights(step), experiment / EXPORT_FOLDER)
 
 
+def send_what_was_kept(experiment: Path, settings: WorkerSettings) -> None:
+    """Send the metrics of a finished run that MLflow did not take while it ran."""
+    noted = experiment / MLFLOW_FILE
+    if noted.exists() and (settings.log_dir / BUFFER_FILE).exists():
+        run = MLflowRun(**json.loads(noted.read_text(encoding="utf-8")))
+        Tracker(settings.log_dir, run, first_step=settings.total_steps + 1).close()
+
+
 def prepare_experiment(
     experiment: Path, settings: WorkerSettings, tracking_uri: str | None, identity: Mapping[str, Any]
 ) -> WorkerSettings:
@@ -451,7 +469,7 @@ def prepare_experiment(
     (experiment / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     if tracking_uri is None:
         return settings
-    noted = experiment / "mlflow.json"
+    noted = experiment / MLFLOW_FILE
     known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
     run_id = known.get("run_id") if known.get("tracking_uri") == tracking_uri else None
     fingerprints = {f"fingerprint.{name}": str(identity[key]) for name, key in FINGERPRINTS.items()}

@@ -193,6 +193,9 @@ class Trainer:
                 first_step=state.step,
                 say=self.progress.say,
             )
+            # The trackers have dropped what was written from this step on, and this step is not validated again.
+            if measured := state.losses.get("measured", {}).get(str(state.step)):
+                self.tracker.log({state.step: measured})
         self.progress.start(state.step)
         return state
 
@@ -236,8 +239,6 @@ class Trainer:
 
     def train_step(self, step: int, batches: list[TrainingBatch]) -> None:
         """One optimizer step over this worker's micro-batches of the step."""
-        # PEFT's dropout draws from torch's own stream, which then follows from the step as all else does.
-        torch.manual_seed(counter_seed("dropout", self.config.seed, step, self.rank))
         sums = self.accumulate_gradients(step, batches)
         songs = [song for item in self.plan.step(step) for song in item.songs]
         means, flops = self.add_up(sums, len(songs), self.count_flops(step, batches))
@@ -262,6 +263,9 @@ class Trainer:
         real = len(self.plan.step(step)[self.rank :: self.workers])
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
+            # PEFT's dropout draws from torch's own stream, which then follows from the step as all else does.
+            place_in_step = self.rank + number * self.workers
+            torch.manual_seed(counter_seed("dropout", self.config.seed, step, place_in_step))
             with self.sync_gradients(number == len(batches) - 1):
                 with self.autocast():
                     losses = flow_matching_losses(self.model, batch.to(self.device))
@@ -413,6 +417,7 @@ class Trainer:
 
     def validate(self, state: TrainingState) -> None:
         """Measure and log the loss over fixed noise: of some songs that are trained on, and of those held out."""
+        measured: dict[str, float] = {}
         for name, songs in ((FIXED_NOISE, self.plan.songs), (VALIDATION, self.settings.held_out)):
             songs = [int(song) for song in songs[:SONGS]]
             if not songs:
@@ -430,8 +435,10 @@ class Trainer:
                 )
             metrics = validation_metrics(f"loss/{name}", losses)
             state.losses[name][str(state.step)] = metrics[f"loss/{name}"]
-            if self.tracker is not None:
-                self.tracker.log({state.step: metrics})
+            measured.update(metrics)
+        state.losses["measured"] = {str(state.step): measured}
+        if self.tracker is not None:
+            self.tracker.log({state.step: measured})
 
     def write_sample(self, state: TrainingState) -> None:
         """Generate the first song's prompt and lyrics with the model as it is; a failure is told and ends nothing."""
@@ -480,15 +487,16 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Write what the trackers hold, and the checkpoint that is on its way."""
-        if self.tracker is not None:
-            self.tracker.close()
+        """Write the checkpoint that is on its way, and what the trackers hold."""
         try:
             self.checkpoints.finish()
         except AceStepError as error:
             if kind is None:
                 raise
             self.progress.say(f"warning: {error}")  # the error that ended the run is the one to tell
+        finally:
+            if self.tracker is not None:
+                self.tracker.close()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision, where it was asked for."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,33 @@ def test_a_run_whose_processes_are_ended_one_after_another_is_the_run_that_was_l
     found = latest_weights(disturbed)
     for name, value in latest_weights(alone).items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.ray
+def test_a_run_that_loses_a_node_goes_on_with_the_workers_that_are_left(config, tmp_path):
+    config = replace(config, devices=2, min_devices=1, max_steps=150)
+    checkpoints = tmp_path / "exps" / "disturbed" / "checkpoints"
+    quickly = {
+        "RAY_health_check_initial_delay_ms": "1000",
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_timeout_ms": "2000",
+        "RAY_health_check_failure_threshold": "4",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.lose_a_node", json.dumps(vars(config)), str(checkpoints)],
+        env={**os.environ, **quickly},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lost_at = re.search(r"^lost at step (\d+)$", done.stdout, re.MULTILINE)
+    assert lost_at, done.stdout[-2000:] + done.stderr[-2000:]
+    assert int(lost_at[1]) < 150
+    ended = re.search(r'^\{"steps": .*\}$', done.stdout, re.MULTILINE)
+    assert ended, done.stderr[-2000:]
+    one = replace(config, devices=1, min_devices=None, accumulate_grad_batches=2)
+    alone = train_alone(settings_in(tmp_path / "alone", one, lora=read_lora_config(config.lora_config_path)))
+    assert json.loads(ended[0]) == {"steps": 150, "last": pytest.approx(alone["last"], rel=1e-5)}

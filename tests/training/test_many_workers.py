@@ -81,7 +81,7 @@ def assert_same_run(found: WorkerSettings, expected: WorkerSettings) -> None:
 
 
 def test_runs_on_two_workers_and_then_on_three_are_the_run_on_one(config, tmp_path):
-    lora = {"r": 4, "target_modules": ["to_q", "linear_k", "speaker_embedder"]}
+    lora = {"r": 4, "lora_dropout": 0.1, "target_modules": ["to_q", "linear_k", "speaker_embedder"]}
     alone = {
         name: settings_in(tmp_path / name, config, lora=its) for name, its in (("lora", lora), ("all", None))
     }

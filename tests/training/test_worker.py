@@ -17,7 +17,7 @@ from acestep_ray.export.lora import LORA_FILE
 from acestep_ray.training import worker
 from acestep_ray.training.batch import build_batch
 from acestep_ray.training.state import Checkpoints
-from acestep_ray.training.worker import TrainingDivergedError, build_plan
+from acestep_ray.training.worker import TrainingDivergedError, WorkerPlace, build_plan, train_worker
 from tests.training.conftest import Killed, latest_weights, settings_in, train_alone
 
 RATES = ("steps_per_second", "songs_per_second", "audio_seconds_per_second", "tflops", "data_wait")
@@ -212,3 +212,30 @@ def test_a_run_tells_how_fast_it_is_and_what_it_waits_for(settings):
     assert 0 <= rate["data_wait"] < 1
     assert [e.value for e in events.Scalars("memory/allocated_gb")][-1] > 0.1
     assert "throughput/mfu" not in events.Tags()["scalars"]  # nobody knows a CPU's peak
+
+
+def test_the_validation_of_the_step_that_a_run_resumes_from_stays_in_tensorboard(settings):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = replace(settings, config=replace(settings.config, val_check_interval=4))
+
+    def kill(metrics, path):
+        if metrics["step"] == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_alone(settings, kill)
+    train_alone(settings)
+    events = EventAccumulator(str(settings.log_dir)).Reload()
+    for name in ("loss/fixed_noise", "loss/fixed_noise/q1"):
+        assert [event.step for event in events.Scalars(name)] == [0, 4, 6], name
+
+
+def test_a_machine_that_is_about_to_go_is_reason_to_save_once(settings):
+    config = replace(settings.config, max_steps=25, every_n_train_steps=100)
+    settings = replace(settings, config=config, total_steps=25)
+    asked = []
+    place = WorkerPlace(0, 1, torch.device("cpu"), preempted=lambda: not asked.append(1))
+    train_worker(settings, place, lambda metrics, place: None, lambda line: None)
+    assert Checkpoints(settings.checkpoints).steps() == [10, 25]
+    assert len(asked) == 1
