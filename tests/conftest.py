@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 import pytest
 import torch
+
+
+# The files that take longest, longest first: two processes that share the tests then end at about the same time.
+LONGEST = (
+    "training/test_faults.py",
+    "pipelines/test_road.py",
+    "training/test_job.py",
+    "cache/test_faults.py",
+    "cache/test_precompute.py",
+    "training/test_streaming.py",
+    "training/test_many_workers.py",
+    "training/test_model.py",
+    "training/test_worker.py",
+    "test_tracking.py",
+    "models/test_kernels.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest."""
+    folder = Path(__file__).parent
+    ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -171,7 +171,7 @@ class Trainer:
         self.finite: dict[int, list[Tensor]] = {}
         self.skipped_in_a_row = 0
         self.votes = Votes()
-        self.saved_before_preemption = False
+        self.saved_before_preemption = self.saved_before_leaving = False
         self.progress = Progress(settings.total_steps, say)
 
     def resume(self) -> TrainingState:
@@ -328,7 +328,8 @@ class Trainer:
         """Log, validate and save, each at its own pace; returns whether the run ends here."""
         config, step = self.config, state.step
         last = step == self.settings.total_steps
-        asked_to_save, stop = self.votes.take()
+        wants_to_leave, stop = self.votes.take()
+        asked_to_save = wants_to_leave and not self.saved_before_leaving
         save = (
             last or stop or asked_to_save or self.is_preempted(step) or step % config.every_n_train_steps == 0
         )
@@ -346,7 +347,8 @@ class Trainer:
                 self.write_sample(state)
             if save:
                 self.save(state, wait=last or stop or asked_to_save)
-        if asked_to_save:
+        if wants_to_leave:
+            self.saved_before_leaving = True
             self.place.saved()
         return stop
 
