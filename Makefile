@@ -8,13 +8,13 @@ OUT    ?= ./quickstart
 BENCH  ?= --device cuda
 # Each starts a Ray cluster of two CPUs of its own.
 TEST_PROCESSES ?= 2
-test: export OMP_NUM_THREADS = 1
+test test-faults: export OMP_NUM_THREADS = 1
 
 # Where the released lyric vocabulary is at hand, the tests that need it run too.
 ACESTEP_LYRIC_VOCAB ?= $(abspath $(wildcard ../shared/data/lyric_vocab.json))
 export ACESTEP_LYRIC_VOCAB
 
-.PHONY: venv quickstart test lint format bench clean
+.PHONY: venv quickstart test test-faults lint format bench clean
 
 venv: $(VENV)/.installed
 
@@ -28,7 +28,11 @@ quickstart: venv
 	$(BIN)/acestep-ray quickstart --output_dir '$(OUT)' $(if $(SONGS),--songs '$(SONGS)')
 
 test: venv
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not faults"
+
+# Minutes of ending a training run's processes and nodes, and waiting for Ray to notice.
+test-faults: venv
+	$(BIN)/python -m pytest -m faults
 
 lint: venv
 	$(BIN)/ruff check .

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # The files that take longest, longest first: two processes that share the tests then end at about the same time.
 LONGEST = (
-    "training/test_faults.py",
     "pipelines/test_road.py",
     "training/test_job.py",
     "cache/test_faults.py",

@@ -23,6 +23,8 @@ from acestep_ray.training.state import Checkpoints
 from tests.processes import wait_until, worker_processes
 from tests.training.conftest import latest_weights, settings_in, train_alone
 
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
+
 STEPS = 400
 SAVED_EVERY = 25
 
@@ -76,7 +78,6 @@ class Run:
         return self.process.returncode, output
 
 
-@pytest.mark.ray
 def test_a_run_whose_processes_are_ended_one_after_another_is_the_run_that_was_left_alone(
     two_cpus, config, tmp_path
 ):
@@ -129,7 +130,6 @@ def test_a_run_whose_processes_are_ended_one_after_another_is_the_run_that_was_l
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.ray
 def test_a_run_that_loses_a_node_goes_on_with_the_workers_that_are_left(config, tmp_path):
     config = replace(config, devices=2, min_devices=1, max_steps=150)
     checkpoints = tmp_path / "exps" / "disturbed" / "checkpoints"

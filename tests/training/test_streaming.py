@@ -264,19 +264,23 @@ def test_every_worker_gets_its_micro_batches_in_the_plans_order_from_any_step(
 
 
 @pytest.mark.ray
-def test_several_songs_are_decoded_at_a_time_and_a_slow_one_keeps_its_place(two_cpus, stream, monkeypatch):
+def test_several_songs_are_decoded_at_a_time_and_a_slow_one_keeps_its_place(
+    two_cpus, stream, monkeypatch, tmp_path
+):
     def slow(songs, root, recipe):
-        key, started = songs["key"][0].as_py(), time.time()
-        time.sleep(1.0 if key == "alpha" else 0.2)
-        return pa.table({"key": [key], "started": [started], "ended": [time.time()]})
+        key = songs["key"][0].as_py()
+        (tmp_path / key).touch()
+        deadline = time.monotonic() + 60
+        # The first song waits until another one has begun, which takes a second process.
+        while key == "alpha" and not (tmp_path / "beta").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return pa.table({"key": [key], "waited": [time.monotonic() < deadline]})
 
     monkeypatch.setattr(streaming, "decode_songs", slow)
     rows = [0, 1, 2, 3, 0, 1, 2, 3]
     decoded = pa.concat_tables(StreamSource(stream, torch.device("cpu"))._start_pipeline(rows)).to_pylist()
     assert [song["key"] for song in decoded] == [sorted(SECONDS)[row] for row in rows]
-    ends = sorted(song["ended"] for song in decoded)
-    starts = sorted(song["started"] for song in decoded)
-    assert any(start < end for start, end in zip(starts[1:], ends, strict=False))
+    assert all(song["waited"] for song in decoded)
 
 
 @pytest.mark.ray
