@@ -32,7 +32,7 @@ test: venv
 
 # Minutes of ending a training run's processes and nodes, and waiting for Ray to notice.
 test-faults: venv
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist load -m faults
 
 lint: venv
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import torch
 # The files that take longest, longest first: two processes that share the tests then end at about the same time.
 LONGEST = (
     "pipelines/test_road.py",
+    "tuning/test_job.py",
     "training/test_job.py",
     "cache/test_faults.py",
     "cache/test_precompute.py",
@@ -19,7 +20,7 @@ LONGEST = (
     "training/test_many_workers.py",
     "training/test_model.py",
     "training/test_worker.py",
-    "test_tracking.py",
+    "tracking/test_sender.py",
     "models/test_kernels.py",
 )
 

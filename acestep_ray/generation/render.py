@@ -78,7 +78,8 @@ def write_mel_picture(path: Path, waveform: np.ndarray, title: str) -> None:
     transform = MelSpectrogram(
         SAMPLE_RATE, n_fft=4096, hop_length=hop, n_mels=128, f_min=40, f_max=16000, power=1
     )
-    mel = torch.log10(transform(mono).clamp(min=1e-5)).numpy()
+    with torch.autocast("cpu", enabled=False):  # training on a CPU writes its samples in mixed precision
+        mel = torch.log10(transform(mono).clamp(min=1e-5)).numpy()
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots()
     seconds = len(mono) / SAMPLE_RATE

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from huggingface_hub.utils import get_session, tqdm
 
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.models.codec import MusicCodec
+from acestep_ray.models.fingerprints import file_sha256, noted_sha256
 from acestep_ray.models.ssl import SSLEncoder
 from acestep_ray.models.text_encoder import TextEncoder
 from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig, is_unused_parameter
@@ -161,7 +161,7 @@ class CheckpointDir:
                 files.append(directory / TOKENIZER_FILE)
         digest = hashlib.sha256()
         for file in files:
-            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+            digest.update(f"{file.name} {noted_sha256(file)}\n".encode())
         return digest.hexdigest()
 
 
@@ -224,23 +224,6 @@ def _parse_configs(
                 f"{folder}/config.json: `{key}` is {config.get(key)}, the transformer expects {wanted}"
             )
     return transformer
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex; a file that has not changed is read once in a process."""
-    status = path.stat()
-    return _sha256_of(str(path.resolve()), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _sha256_of(path: str, size: int, modified_ns: int) -> str:
-    digest = hashlib.sha256()
-    buffer = bytearray(1 << 20)
-    view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -47,26 +47,41 @@ def fixed_noise_losses(
     rank: int = 0,
     workers: int = 1,
     together: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[float]:
     """Mean denoising loss of `songs` at each of `NOISE_LEVELS` noise levels, the noisiest first, over fixed noise.
 
-    `sigmas` (1000,) is the schedule. Every one of `workers` takes some songs and gets the same result; `together` if
-    their forward passes are collective, so that each needs as many.
+    A song whose features are not finite is told and left out. `sigmas` (1000,) is the schedule. Every one of `workers`
+    takes some songs and gets the same result; `together` if their forward passes are collective, so that each needs as
+    many.
     """
     losses = torch.zeros(len(songs), NOISE_LEVELS, dtype=torch.float64, device=device)
+    usable = torch.zeros(len(songs), dtype=torch.float64, device=device)
     passes = -(-len(songs) // workers) if together else len(songs[rank::workers])
     for number in range(passes):
         place = rank + number * workers
         is_mine = place < len(songs)
         song = read(songs[place if is_mine else 0])
+        counts = is_mine and is_finite(song)
+        if counts:
+            usable[place] = 1
+        elif is_mine:
+            say(f"warning: {song.key} is left out of the validation: its features are not finite")
         for level in range(NOISE_LEVELS):
             batch = build_batch([song], [validation_draws(song, sigmas, level)], ssl_stride=1, with_ssl=False)
             loss = flow_matching_losses(transformer, batch.to(device)).denoising
-            if is_mine:
+            if counts:
                 losses[place, level] = loss[0]
     if workers > 1:
         torch.distributed.all_reduce(losses)
-    return losses.mean(dim=0).tolist()
+        torch.distributed.all_reduce(usable)
+    return (losses.sum(dim=0) / usable.sum()).tolist()
+
+
+def is_finite(song: CachedSong) -> bool:
+    """Whether what a validation reads of a song are numbers."""
+    read = (song.latents, song.text_embeddings[0], song.speaker)
+    return all(bool(tensor.isfinite().all()) for tensor in read)
 
 
 def validation_metrics(name: str, losses: Sequence[float]) -> dict[str, float]:

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.models import fingerprints
 from acestep_ray.models.checkpoint import (
     ACE_STEP_V1,
     LYRIC_VOCAB_VARIABLE,
     CheckpointDir,
     Release,
     fetch_checkpoint,
-    file_sha256,
 )
 from acestep_ray.models.transformer import is_unused_parameter
 
@@ -201,13 +201,14 @@ class TestFingerprint:
         (folder / file).write_bytes(content)
         assert {name for name in parts if copy.fingerprint(name) != before[name]} == {part}
 
-    def test_a_file_that_did_not_change_is_read_once(self, tmp_path, monkeypatch):
-        path = tmp_path / "weights"
-        path.write_bytes(b"weights")
-        first = file_sha256(path)
-        assert first == hashlib.sha256(b"weights").hexdigest()
-        monkeypatch.setattr("builtins.open", None)
-        assert file_sha256(path) == first
+    def test_weights_are_not_read_again_by_a_later_process(self, folder, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(fingerprints, "NOTED_BYTES", 0)
+        monkeypatch.setattr(fingerprints, "SETTLED_SECONDS", 0.0)
+        copy = dataclasses.replace(checkpoint, path=folder)
+        before = copy.fingerprint("transformer")
+        monkeypatch.setattr(fingerprints, "_sha256_of", lambda *_: pytest.fail("it was read again"))
+        assert copy.fingerprint("transformer") == before
 
 
 class Hub(ThreadingHTTPServer):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,7 +37,7 @@ def checkpoint(tmp_path_factory) -> CheckpointDir:
 
 @pytest.fixture(scope="session")
 def write_tiny_cache(checkpoint, tmp_path_factory):
-    """Writes a cache of some of the songs of `SECONDS`; returns its directory."""
+    """Writes a cache of some of the songs of `SECONDS`; returns its directory. Latents of those `broken` have a NaN."""
     settings = Settings(
         tag_shuffles=2,
         ssl_frame_stride=1,
@@ -42,10 +46,11 @@ def write_tiny_cache(checkpoint, tmp_path_factory):
     )
     encoder = Encoder.load(checkpoint, Recipe(settings, {}), "cpu")
 
-    def write(*keys: str) -> Path:
+    def write(*keys: str, broken: Sequence[str] = ()) -> Path:
         cache = Store.at(tmp_path_factory.mktemp("cache") / "cache")
         claim_output_dir(cache)
-        store_rows(cache, [encoder.encode_song(melody(key)) for key in keys])
+        rows = {key: encoder.encode_song(melody(key)) for key in keys}
+        store_rows(cache, [with_nan(row) if key in broken else row for key, row in rows.items()])
         finish(cache, settings=asdict(settings))
         return cache.path
 
@@ -64,8 +69,51 @@ def quick_samples(monkeypatch):
     monkeypatch.setitem(SAMPLER, "steps", 2)
 
 
+@pytest.fixture
+def no_work(monkeypatch):
+    """A test in which no work may begin."""
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+
+
 class Killed(Exception):
     """Stands for the end of the worker's process."""
+
+
+def kill_at(step: int) -> Callable[[dict[str, float], Store | None], None]:
+    """A report of checkpoints at which the worker's process ends, when it has saved this step."""
+
+    def kill(metrics: dict[str, float], place: Store | None) -> None:
+        if metrics["step"] == step:
+            raise Killed
+
+    return kill
+
+
+def short_run(checkpoint: CheckpointDir, dataset: Path | str, **changes) -> TrainConfig:
+    """Settings of a run on the CPU that makes no more than a short sample beside training."""
+    values = {
+        "learning_rate": 3e-3,
+        "precision": "32",
+        "device": "cpu",
+        "num_workers": 1,
+        "every_n_train_steps": 100,
+        "every_plot_step": 1000,
+        "plot_seconds": 2.0,
+    }
+    return TrainConfig(
+        dataset_path=str(dataset), checkpoint_dir=str(checkpoint.path), **{**values, **changes}
+    )
+
+
+def places_in(directory: Path, **lora) -> dict[str, str]:
+    """Settings of a run whose files are under `directory`, and the file of its LoRA with these fields."""
+    lora_config = directory / "lora_config.json"
+    lora_config.write_text(json.dumps({"r": 4, "target_modules": ["to_q", "to_v"], **lora}), encoding="utf-8")
+    return {
+        "lora_config_path": str(lora_config),
+        "exp_dir": str(directory / "exps"),
+        "logger_dir": str(directory / "exps" / "logs"),
+    }
 
 
 def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettings:
@@ -91,6 +139,41 @@ def latest_weights(settings: WorkerSettings) -> dict[str, torch.Tensor]:
     """What the last checkpoint of a run holds."""
     checkpoints = Checkpoints(settings.checkpoints)
     return load_file(checkpoints.folder(checkpoints.steps()[-1]).path / WEIGHTS_FILE)
+
+
+def with_nan(row: pa.Table) -> pa.Table:
+    """The row of a song with one latent that is no number."""
+    latents = np.frombuffer(row["latents"][0].as_py(), np.float16).copy()
+    latents[latents.size // 2] = np.nan
+    column = row.schema.get_field_index("latents")
+    field = row.schema.field(column)
+    return row.set_column(column, field, pa.array([latents.tobytes()], field.type))
+
+
+def assert_same_weights(found: WorkerSettings, expected: WorkerSettings) -> None:
+    """The last checkpoints of two runs hold the same, bit for bit."""
+    weights = latest_weights(expected)
+    others = latest_weights(found)
+    assert others.keys() == weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(others[name], value), name
+
+
+def assert_close_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Equal weights, as far as sums in another order allow."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def scalars(settings: WorkerSettings, name: str) -> dict[int, float]:
+    """What TensorBoard shows of a run's metric, by step; each step is there once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(settings.log_dir)).Reload().Scalars(name)
+    values = {event.step: event.value for event in events}
+    assert len(values) == len(events)
+    return values
 
 
 def melody(key: str) -> DecodedSong:

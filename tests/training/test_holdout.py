@@ -14,7 +14,7 @@ from acestep_ray.training.holdout import hold_out, recordings_of_cache
 from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.validation import VALIDATION
 from acestep_ray.training.worker import build_plan
-from tests.training.conftest import settings_in, train_alone
+from tests.training.conftest import scalars, settings_in, short_run, train_alone
 
 SONGS = [f"song {i}" for i in range(100)]
 
@@ -75,29 +75,15 @@ def test_a_recording_is_known_by_its_audio(tiny_cache):
 
 @pytest.fixture
 def settings(checkpoint, tiny_cache, tmp_path):
-    config = TrainConfig(
-        dataset_path=str(tiny_cache),
-        checkpoint_dir=str(checkpoint.path),
-        learning_rate=3e-3,
-        max_steps=12,
-        precision="32",
-        num_workers=1,
-        every_n_train_steps=100,
-        every_plot_step=1000,
-        val_check_interval=2,
-        plot_seconds=2.0,
-    )
+    config = short_run(checkpoint, tiny_cache, max_steps=12, val_check_interval=2)
     return settings_in(tmp_path, config, held_out=(1,))
 
 
 def test_held_out_songs_have_a_loss_of_their_own(settings):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     losses = train_alone(settings)
     assert list(losses[VALIDATION]) == ["0", "2", "4", "6", "8", "10", "12"]
     assert losses[VALIDATION]["12"] != losses["fixed_noise"]["12"]
-    events = EventAccumulator(str(settings.log_dir)).Reload()
-    assert [event.step for event in events.Scalars("loss/validation/q4")] == list(range(0, 13, 2))
+    assert list(scalars(settings, "loss/validation/q4")) == list(range(0, 13, 2))
 
 
 def test_a_run_ends_with_a_checkpoint_when_the_validation_loss_falls_no_more(settings, monkeypatch):

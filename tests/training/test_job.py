@@ -13,40 +13,40 @@ from dataclasses import replace
 import pytest
 import soundfile
 import torch
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from safetensors.torch import load_file
 
-from acestep_ray.config import GenerateConfig, TrainConfig
+from acestep_ray.config import GenerateConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.generation.job import generate
-from acestep_ray.training import job
+from acestep_ray.storage import Store
+from acestep_ray.training import launch
 from acestep_ray.training.experiment import only_run
-from acestep_ray.training.job import fit_interruptibly, reserved_by_worker, run_worker, train
+from acestep_ray.training.job import train
+from acestep_ray.training.launch import (
+    fit_interruptibly,
+    reserved_by_worker,
+    run_worker,
+    short_wait_for_lost_nodes,
+)
 from acestep_ray.training.lora import read_lora_config
 from acestep_ray.training.state import WEIGHTS_FILE
 from acestep_ray.training.worker import TrainingDivergedError, WorkerSettings, never
-from tests.training.conftest import latest_weights, settings_in, train_alone
+from tests.cache.rows import reject, write_rows
+from tests.training.conftest import (
+    assert_close_weights,
+    latest_weights,
+    places_in,
+    settings_in,
+    short_run,
+    train_alone,
+)
 
 
 @pytest.fixture
 def config(checkpoint, tiny_cache, tmp_path):
-    lora_config = tmp_path / "lora_config.json"
-    lora_config.write_text('{"r": 4, "target_modules": ["to_q", "to_v"]}', encoding="utf-8")
-    return TrainConfig(
-        dataset_path=str(tiny_cache),
-        checkpoint_dir=str(checkpoint.path),
-        lora_config_path=str(lora_config),
-        exp_name="one",
-        exp_dir=str(tmp_path / "exps"),
-        logger_dir=str(tmp_path / "exps" / "logs"),
-        learning_rate=3e-3,
-        max_steps=3,
-        warmup_steps=0,
-        precision="32",
-        device="cpu",
-        num_workers=1,
-        every_n_train_steps=100,
-        every_plot_step=100,
-        plot_seconds=2.0,
+    return short_run(
+        checkpoint, tiny_cache, **places_in(tmp_path), exp_name="one", max_steps=3, warmup_steps=0
     )
 
 
@@ -63,10 +63,7 @@ def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, co
     settings = settings_in(tmp_path, one, lora=read_lora_config(config.lora_config_path))
     alone = train_alone(settings)
     assert together.first_loss == pytest.approx(alone["first"], rel=1e-5)
-    expected = latest_weights(settings)
-    found = load_file(together.result.parent / WEIGHTS_FILE)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    assert_close_weights(load_file(together.result.parent / WEIGHTS_FILE), latest_weights(settings))
     assert statuses(together) == {"two": "FINISHED"}
 
     other = tmp_path / "other.json"
@@ -140,31 +137,39 @@ def test_an_error_of_the_loop_reaches_the_user_as_it_is(two_cpus, config):
         ({"activation_checkpointing": 2.0}, "--activation_checkpointing 2.0"),
     ],
 )
-def test_settings_that_cannot_be_trained_with_are_named_before_work_starts(
-    config, changes, named, monkeypatch
-):
-    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+def test_settings_that_cannot_be_trained_with_are_named_before_work_starts(config, changes, named, no_work):
     with pytest.raises(InputError, match=named):
         train(replace(config, **changes))
 
 
 @pytest.mark.parametrize("flag", ["exp_dir", "logger_dir"])
-def test_a_folder_that_cannot_be_written_to_is_named_before_work_starts(config, flag, tmp_path, monkeypatch):
-    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+def test_a_folder_that_cannot_be_written_to_is_named_before_work_starts(config, flag, tmp_path, no_work):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=f"cannot write here(?s:.*)--{flag}"):
         train(replace(config, **{flag: str(tmp_path / "file" / "folder")}))
 
 
-def test_a_second_run_of_one_name_is_refused_before_work_starts(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+def test_a_second_run_of_one_name_is_refused_before_work_starts(config, tmp_path, no_work):
     (tmp_path / "exps" / "one").mkdir(parents=True)
     with only_run(tmp_path / "exps" / "one"), pytest.raises(InputError, match="under way"):
         train(config)
 
 
-def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+def test_a_cache_of_which_no_song_can_be_used_is_refused_before_work_starts(config, tmp_path, no_work):
+    cache = write_rows(Store.at(tmp_path / "cache"), [], [reject("alpha"), reject("beta")])
+    with pytest.raises(InputError, match=r"holds no songs(?s:.*)rejects/ say why"):
+        train(replace(config, dataset_path=cache.url))
+    assert not (tmp_path / "exps").exists()
+
+
+def test_a_rank_larger_than_a_layer_is_refused_before_work_starts(config, tmp_path, no_work):
+    places_in(tmp_path, r=1000)
+    with pytest.raises(InputError, match=r"rank 1000 (?s:.*)to_q(?s:.*)at most"):
+        train(config)
+    assert not (tmp_path / "exps").exists()
+
+
+def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache, tmp_path, no_work):
     cache = tmp_path / "no-ssl"
     shutil.copytree(tiny_cache, cache)
     manifest = json.loads((cache / "manifest.json").read_text())
@@ -173,8 +178,7 @@ def test_a_cache_without_ssl_features_needs_their_losses_off(config, tiny_cache,
         train(replace(config, dataset_path=str(cache)))
 
 
-def test_a_cache_of_another_checkpoints_encoders_is_refused(config, tiny_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("work began"))
+def test_a_cache_of_another_checkpoints_encoders_is_refused(config, tiny_cache, tmp_path, no_work):
     cache = tmp_path / "other"
     shutil.copytree(tiny_cache, cache)
     manifest = json.loads((cache / "manifest.json").read_text())
@@ -198,6 +202,23 @@ def test_workers_of_streamed_songs_leave_half_of_the_cpus_to_decoding(
 
 
 @pytest.mark.parametrize(
+    ("min_devices", "of_the_user", "seconds"),
+    [(1, None, "5"), (1, "90", "90"), (2, None, None), (None, None, None)],
+)
+def test_a_run_that_can_do_with_fewer_workers_does_not_wait_long_for_a_lost_node(
+    config, monkeypatch, min_devices, of_the_user, seconds
+):
+    variable = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    monkeypatch.delenv(variable, raising=False)
+    if of_the_user is not None:
+        monkeypatch.setenv(variable, of_the_user)
+    with short_wait_for_lost_nodes(replace(config, devices=2, min_devices=min_devices)):
+        assert os.environ.get(variable) == seconds
+        assert get_env_vars_to_propagate().get(variable) == seconds  # what Ray Train takes along
+    assert os.environ.get(variable) == of_the_user
+
+
+@pytest.mark.parametrize(
     ("error", "workers", "is_raised"),
     [
         (AceStepError("a damaged song"), 1, False),
@@ -215,7 +236,7 @@ def test_an_error_that_one_worker_alone_may_meet_ends_the_others_too(monkeypatch
 
     monkeypatch.setattr("ray.train.get_context", Context)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(job, "train_worker", fail)
+    monkeypatch.setattr(launch, "train_worker", fail)
     if is_raised:
         with pytest.raises(AceStepError, match="a damaged song"):
             run_worker(None, print, never)

@@ -16,7 +16,8 @@ from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import StorageError, Store
 from acestep_ray.training import state as state_module
 from acestep_ray.training.lora import ADAPTER_NAME, add_lora
-from acestep_ray.training.optim import build_optimizer, set_learning_rate
+from acestep_ray.training.model import choose_trained
+from acestep_ray.training.optim import build_optimizer, set_learning_rate, stored_parts
 from acestep_ray.training.state import (
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -104,6 +105,74 @@ def test_a_resumed_run_is_the_same_run(store, monkeypatch):
     take_step(resumed, resumed_optimizer, song=3)
     for name, parameter in trainable_parameters(model).items():
         assert torch.equal(parameter, trainable_parameters(resumed)[name]), name
+
+
+def new_full_run(optimizer_name: str):
+    """A run of a feed-forward's own weights, some large enough for moments of eight bits and some not."""
+    torch.manual_seed(0)
+    model = ACEStepTransformer(CONFIG)
+    choose_trained(model, "transformer_blocks.*.ff", with_ssl=True)
+    optimizer = build_optimizer(trainable_parameters(model).values(), 0.01, optimizer_name)
+    set_learning_rate(optimizer, 1e-3)
+    return model, optimizer
+
+
+def save_full_run(store: Store, optimizer_name: str):
+    """Two steps of such a run, saved."""
+    model, optimizer = new_full_run(optimizer_name)
+    for song in (0, 1):
+        take_step(model, optimizer, song)
+    checkpoints = Checkpoints(store)
+    checkpoints.save(take_snapshot(model, optimizer, {}), TrainingState(2, {}))
+    checkpoints.finish()
+    return model, optimizer
+
+
+def states_of(model, optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as plain tensors."""
+    return {
+        f"{name}/{part}": tensor
+        for name, parameter in trainable_parameters(model).items()
+        for key, value in optimizer.state[parameter].items()
+        for part, tensor in stored_parts(key, value).items()
+    }
+
+
+def in_32_bits(moment: torch.Tensor) -> torch.Tensor:
+    return moment.dequantize() if hasattr(moment, "codes") else moment
+
+
+def test_moments_of_eight_bits_come_back_bit_for_bit(store):
+    model, optimizer = save_full_run(store, "adamw-8bit")
+    resumed, resumed_optimizer = new_full_run("adamw-8bit")
+    load_latest(Checkpoints(store), resumed, resumed_optimizer, pytest.fail)
+    expected, found = states_of(model, optimizer), states_of(resumed, resumed_optimizer)
+    assert {tensor.dtype for tensor in expected.values()} == {torch.uint8, torch.float32}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    for run in ((model, optimizer), (resumed, resumed_optimizer)):
+        take_step(*run, song=3)
+    for name, parameter in trainable_parameters(model).items():
+        assert torch.equal(parameter, trainable_parameters(resumed)[name]), name
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "adamw-8bit"), ("adamw-8bit", "adamw")])
+def test_another_optimizer_takes_the_moments_over_in_its_own_form(store, before, after):
+    model, optimizer = save_full_run(store, before)
+    resumed, resumed_optimizer = new_full_run(after)
+    load_latest(Checkpoints(store), resumed, resumed_optimizer, pytest.fail)
+    fresh, fresh_optimizer = new_full_run(after)
+    take_step(fresh, fresh_optimizer, song=0)
+    found, own_form = states_of(resumed, resumed_optimizer), states_of(fresh, fresh_optimizer)
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in own_form.items()}
+    parameters = zip(*(trainable_parameters(m).values() for m in (model, resumed)), strict=True)
+    for wanted, parameter in parameters:
+        for key in ("exp_avg", "exp_avg_sq"):
+            expected = in_32_bits(optimizer.state[wanted][key])
+            difference = in_32_bits(resumed_optimizer.state[parameter][key]) - expected
+            assert difference.abs().max() <= 0.02 * expected.abs().max()
+    take_step(resumed, resumed_optimizer, song=3)
 
 
 def test_it_holds_what_is_trained_and_never_the_frozen_model(tmp_path):

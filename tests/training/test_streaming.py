@@ -29,15 +29,26 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.storage import Store
 from acestep_ray.training import scan as scan_module
 from acestep_ray.training import streaming
-from acestep_ray.training.job import open_songs, scan_for_stream, train
+from acestep_ray.training.job import train
 from acestep_ray.training.lora import DEFAULT_LORA, read_lora_config
 from acestep_ray.training.sampler import MicroBatch
 from acestep_ray.training.scan import SCAN_SCHEMA, read_songs, scan, scan_songs
+from acestep_ray.training.songs import open_songs, scan_for_stream
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints
 from acestep_ray.training.streaming import CacheSource, SongLostError, StreamSource
 from acestep_ray.training.worker import build_plan
 from tests.cache.rows import finish
-from tests.training.conftest import Killed, latest_weights, settings_in, train_alone
+from tests.training.conftest import (
+    Killed,
+    assert_close_weights,
+    assert_same_weights,
+    kill_at,
+    latest_weights,
+    places_in,
+    settings_in,
+    short_run,
+    train_alone,
+)
 
 SECONDS = {"delta": 3.2, "alpha": 4.0, "gamma": 3.0, "beta": 5.5}
 BROKEN = {"broken": "unsupported", "wordless": "bad_lyrics"}
@@ -78,23 +89,14 @@ def songs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(songs, checkpoint, tmp_path_factory) -> TrainConfig:
     directory = tmp_path_factory.mktemp("runs")
-    (directory / "lora.json").write_text('{"r": 4, "target_modules": ["to_q", "to_v"]}', encoding="utf-8")
-    return TrainConfig(
-        dataset_path=str(songs),
-        checkpoint_dir=str(checkpoint.path),
-        lora_config_path=str(directory / "lora.json"),
-        exp_dir=str(directory / "exps"),
-        logger_dir=str(directory / "logs"),
+    return short_run(
+        checkpoint,
+        songs,
+        **places_in(directory),
         tracking_uri="none",
-        learning_rate=3e-3,
         max_steps=6,
         batch_size=2,
-        precision="32",
-        device="cpu",
-        num_workers=1,
         every_n_train_steps=3,
-        every_plot_step=1000,
-        plot_seconds=2.0,
     )
 
 
@@ -285,19 +287,16 @@ def test_several_songs_are_decoded_at_a_time_and_a_slow_one_keeps_its_place(
 
 @pytest.mark.ray
 def test_a_streamed_run_is_the_cached_run_also_when_it_is_killed_and_goes_on(cache, stream, config, tmp_path):
-    def kill(metrics, path):
-        raise Killed
-
     # With dropout, whose random numbers are a state that has to come back too.
     lora = {**DEFAULT_LORA, "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
     cached = settings_in(tmp_path / "cached", replace(config, dataset_path=cache), lora=lora)
     expected = train_alone(cached)
     streamed = settings_in(tmp_path / "streamed", config, lora=lora, stream=stream)
     with pytest.raises(Killed):
-        train_alone(streamed, kill)
+        train_alone(streamed, kill_at(3))
     assert Checkpoints(streamed.checkpoints).steps() == [3]
     assert train_alone(streamed) == expected
-    assert_same(latest_weights(streamed), latest_weights(cached))
+    assert_same_weights(streamed, cached)
 
 
 @pytest.mark.ray
@@ -314,10 +313,7 @@ def test_two_workers_on_two_cpus_stream_what_one_trains_on(cache, config, tmp_pa
     assert streamed.steps == 6
     assert streamed.first_loss == pytest.approx(alone["first"], rel=1e-5)
     assert streamed.last_loss == pytest.approx(alone["last"], rel=1e-5)
-    expected = latest_weights(settings)
-    found = load_file(streamed.result.parent / WEIGHTS_FILE)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    assert_close_weights(load_file(streamed.result.parent / WEIGHTS_FILE), latest_weights(settings))
 
 
 @pytest.mark.ray

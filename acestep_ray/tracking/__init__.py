@@ -1,0 +1,20 @@
+"""MLflow and TensorBoard behind one small class; neither ends a run when it fails.
+
+MLflow's metrics are sent by a thread of their own. While the server takes none they wait in `mlflow-buffer.jsonl` in
+the run's log folder, a line each, and whoever tracks the run next sends them first. What is sent twice, because an
+answer was lost, is one metric to MLflow: it has the same time.
+"""
+
+from acestep_ray.tracking.environment import environment_tags
+from acestep_ray.tracking.mlflow_run import MLflowRun, end_mlflow_run, mlflow_uri, start_mlflow_run
+from acestep_ray.tracking.tracker import BUFFER_FILE, Tracker
+
+__all__ = [
+    "BUFFER_FILE",
+    "MLflowRun",
+    "Tracker",
+    "end_mlflow_run",
+    "environment_tags",
+    "mlflow_uri",
+    "start_mlflow_run",
+]

@@ -1,0 +1,209 @@
+"""Running the loop on Ray Train's workers, and bringing it to an end when the user asks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from acestep_ray.config import TrainConfig
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.ray_runtime import Console, StopSignal, has_gpus
+from acestep_ray.storage import Store
+from acestep_ray.tracking import end_mlflow_run
+from acestep_ray.training.leaving import SavingTorchConfig, leaving
+from acestep_ray.training.worker import TrainingDivergedError, WorkerPlace, WorkerSettings, train_worker
+
+_SIGNAL_SECONDS = 0.2
+# How long Ray Train waits for the machines of its workers, until it looks again at which there are.
+_START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_ELASTIC_START_SECONDS = 5
+
+
+def resolve_training_device(config: TrainConfig) -> bool:
+    """Whether the workers take a GPU each. Raises InputError when there are too few of them."""
+    use_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus())
+    resource = "GPU" if use_gpu else "CPU"
+    available = int(ray.cluster_resources().get(resource, 0))
+    workers = config.devices * config.num_nodes
+    if available < (config.min_devices or workers):
+        raise InputError(
+            f"{workers} workers need a {resource} each, and there are {available}",
+            where=f"--devices {config.devices}"
+            + (f" --num_nodes {config.num_nodes}" * (config.num_nodes > 1)),
+            fix="use fewer devices, or a larger cluster",
+        )
+    return use_gpu
+
+
+def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
+    """Run the loop on Ray Train's workers; returns the first worker's losses.
+
+    Raises KeyboardInterrupt where the user ended the run.
+    """
+    config = settings.config
+    console, stop = Console(), StopSignal()
+    workers = config.devices * config.num_nodes
+    trainer = TorchTrainer(
+        # Not as `train_loop_config`, which Ray Train's controller would unpickle too, seconds of imports for nothing.
+        partial(run_worker, settings, console.say, stop.asked),
+        # NCCL moves what is on GPUs; what `cpu_offload` keeps in the host's memory takes gloo.
+        torch_config=SavingTorchConfig(
+            backend="cpu:gloo,cuda:nccl" if use_gpu and config.cpu_offload else None
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_devices, workers) if is_elastic(config) else workers,
+            use_gpu=use_gpu,
+            resources_per_worker=reserved_by_worker(settings, use_gpu),
+        ),
+        run_config=RunConfig(
+            # Ray keeps its book of checkpoints in the folder where we write them.
+            storage_path=str(settings.checkpoints.path.parent),
+            name=settings.checkpoints.path.name,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    status = "FAILED"
+    try:
+        with console, short_wait_for_lost_nodes(config):
+            result, interrupted = fit_interruptibly(trainer.fit, stop.request)
+        outcome = result.return_value
+        if isinstance(outcome, AceStepError):
+            raise outcome
+        if interrupted and outcome["step"] < settings.total_steps:
+            print(
+                f"stopped at step {outcome['step']}, which is saved: the same command goes on from there",
+                flush=True,
+            )
+            raise KeyboardInterrupt
+        status = "FINISHED"
+        return outcome
+    except TrainingFailedError as error:
+        ours = [e for e in getattr(error, "worker_failures", {}).values() if isinstance(e, AceStepError)]
+        raise ours[0] if ours else AceStepError(f"training failed\n{error}") from error
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if settings.mlflow_run is not None:
+            end_mlflow_run(settings.mlflow_run, status)
+
+
+def is_elastic(config: TrainConfig) -> bool:
+    """Whether the run also goes on with fewer workers."""
+    return config.min_devices not in (None, config.devices * config.num_nodes)
+
+
+@contextlib.contextmanager
+def short_wait_for_lost_nodes(config: TrainConfig) -> Iterator[None]:
+    """Let a run that can do with fewer workers wait for a lost node for seconds and not Ray Train's minute.
+
+    A value that the environment has already goes before.
+    """
+    if not is_elastic(config) or _START_TIMEOUT_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[_START_TIMEOUT_VARIABLE] = str(
+        _ELASTIC_START_SECONDS
+    )  # Ray takes it along when the run starts
+    try:
+        yield
+    finally:
+        del os.environ[_START_TIMEOUT_VARIABLE]
+
+
+def fit_interruptibly(fit: Callable[[], Any], stop: Callable[[], None]) -> tuple[Any, bool]:
+    """Call `fit`; returns its result, and whether it was asked to come to an end.
+
+    SIGINT (Ctrl-C) and SIGTERM ask for that through `stop`, so that the last step is saved; a second one raises
+    KeyboardInterrupt at once. Away from the main thread, signals are somebody else's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return fit(), False
+    signals: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+        print("stopping after this step, with a checkpoint; once more ends it at once", flush=True)
+        stop()
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # In a thread of its own Ray Train does not take the signals over.
+    outcome: Future[Any] = Future()
+    thread = threading.Thread(target=_fulfil, args=(outcome, fit), daemon=True)
+    try:
+        thread.start()
+        while not outcome.done():
+            thread.join(timeout=_SIGNAL_SECONDS)
+        return outcome.result(), bool(signals)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _fulfil(outcome: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        outcome.set_result(work())
+    except BaseException as error:
+        outcome.set_exception(error)
+
+
+def reserved_by_worker(settings: WorkerSettings, use_gpu: bool) -> dict[str, float] | None:
+    """What each worker reserves, None for Ray's default: where songs are streamed, half of the CPUs decode."""
+    if settings.stream is None or use_gpu:
+        return None
+    workers = settings.config.devices * settings.config.num_nodes
+    share = ray.cluster_resources()["CPU"] / 2 / workers
+    return {"CPU": min(1.0, math.floor(share * 1000) / 1000)}
+
+
+def run_worker(
+    settings: WorkerSettings, say: Callable[[str], None], asked_to_stop: Callable[[], bool]
+) -> dict | AceStepError:
+    """What Ray Train runs in each worker.
+
+    Our own errors come back as a value, for starting again would not mend them; but not one that the other workers may
+    not have met: they would wait for this one without end.
+    """
+    context = ray.train.get_context()
+    place = WorkerPlace(
+        rank=context.get_world_rank(),
+        workers=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        asked_to_stop=asked_to_stop,
+        asked_to_save=leaving.asked,
+        saved=leaving.saved.set,
+        preempted=lambda: ray.train.get_preemption_info() is not None,
+    )
+    try:
+        with leaving:
+            return train_worker(settings, place, report_to_ray, say)
+    except AceStepError as error:
+        if place.workers > 1 and not isinstance(error, TrainingDivergedError):
+            raise
+        return error
+
+
+def report_to_ray(metrics: dict[str, float], checkpoint: Store | None) -> None:
+    """Tell Ray Train of a checkpoint; all workers meet here."""
+    ray.train.report(
+        metrics,
+        checkpoint=None if checkpoint is None else ray.train.Checkpoint(str(checkpoint.path)),
+        # It is written where it belongs already.
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
