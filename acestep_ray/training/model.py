@@ -23,11 +23,17 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import ADAPTER_NAME, find_lora_file
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.models.kernels import triton_kernels
+from acestep_ray.models.quantised import FORMS, quantise_linear_layers
 from acestep_ray.models.transformer import ACEStepTransformer, DepthwiseConv
 from acestep_ray.training.lora import adapter_configs, add_lora, load_lora
 
 AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 """What matrix products are computed in; "32" is not among them."""
+
+UNQUANTISED = "none"
+# The rest is small, or every frame depends on it: embedders, modulation, the last layer, the SSL projectors.
+_QUANTISED_PARTS = ("transformer_blocks", "lyric_encoder")
 
 # Read by autocast in its own precision, whatever they are stored in.
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv)
@@ -35,7 +41,7 @@ _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv)
 
 def build_transformer(config: TrainConfig, lora: Mapping | None, device: torch.device) -> ACEStepTransformer:
     """The base model on `device` with its LoRA, or without one as `choose_trained` leaves it; on every worker alike."""
-    home = "cpu" if config.cpu_offload else device
+    home = "cpu" if config.cpu_offload or config.quantize_base != UNQUANTISED else device
     transformer = CheckpointDir.open(config.checkpoint_dir).load_transformer(device=home)
     if lora is None:
         choose_trained(transformer, config.train_parameters, with_ssl=config.ssl_coeff > 0)
@@ -44,8 +50,8 @@ def build_transformer(config: TrainConfig, lora: Mapping | None, device: torch.d
         add_lora(transformer, lora)
         for adapter, path in initial_loras(config.init_lora_path, lora).items():
             load_lora(transformer, path, adapter)
-    if config.precision == "bf16-true":
-        store_frozen_as_bfloat16(transformer)
+    store_frozen(transformer, config, device)
+    fuse_passes(transformer, config, device, is_lora=lora is not None)
     transformer.activation_checkpointing = config.activation_checkpointing
     return transformer
 
@@ -88,8 +94,37 @@ def choose_trained(transformer: ACEStepTransformer, patterns: str | None, *, wit
     return [name for name in names if name in chosen]
 
 
-def store_frozen_as_bfloat16(transformer: nn.Module) -> None:
-    """Keep what is not trained and only met in matrix products as bfloat16: half the memory, and the same numbers.
+def check_quantisation(config: TrainConfig) -> None:
+    """Raise InputError for a way of storing the frozen weights that there is not, or where none are frozen."""
+    where = f"--quantize_base {config.quantize_base}"
+    if config.quantize_base not in (UNQUANTISED, *FORMS):
+        raise InputError("unknown way to quantise", where=where, fix=", ".join((UNQUANTISED, *FORMS)))
+    if config.quantize_base != UNQUANTISED and config.lora_config_path is None:
+        raise InputError(
+            "quantised weights cannot be trained, only a LoRA on them",
+            where=where,
+            fix="give --lora_config_path, or leave the flag out",
+        )
+
+
+def store_frozen(transformer: nn.Module, config: TrainConfig, device: torch.device | str) -> None:
+    """Keep what is not trained in as little memory as the settings ask for; in place.
+
+    What is quantised comes to `device` layer by layer, and then the rest.
+    """
+    half = AUTOCAST_DTYPES.get(config.precision)
+    if config.quantize_base == UNQUANTISED:
+        if config.precision == "bf16-true":
+            _store_frozen_as(transformer, half)
+        return
+    quantise_linear_layers(transformer, _QUANTISED_PARTS, config.quantize_base, device)
+    if half is not None:
+        _store_frozen_as(transformer, half)
+    transformer.to(device)
+
+
+def _store_frozen_as(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what is not trained and only met in matrix products in autocast's `dtype`: half the memory, same numbers.
 
     Autocast would round those weights in every step. Norms, embeddings and modulation stay float32.
     """
@@ -97,7 +132,45 @@ def store_frozen_as_bfloat16(transformer: nn.Module) -> None:
         if isinstance(module, _CAST_BY_AUTOCAST):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                    parameter.data = parameter.data.to(dtype)
+
+
+def check_fused(config: TrainConfig) -> None:
+    """Raise InputError where products in float8 are asked for and cannot be had."""
+    if not config.float8:
+        return
+    where = "--float8 true"
+    if config.lora_config_path is None or config.quantize_base != UNQUANTISED:
+        raise InputError("only frozen weights that are not quantised are multiplied in float8", where=where)
+    if not config.fused or AUTOCAST_DTYPES.get(config.precision) is not torch.bfloat16:
+        raise InputError(
+            "float8 needs the fused path and bfloat16", where=where, fix="--fused true --precision bf16-mixed"
+        )
+
+
+def fuse_passes(
+    transformer: ACEStepTransformer, config: TrainConfig, device: torch.device, *, is_lora: bool
+) -> None:
+    """Take the fused path where settings and device allow it; in place. The frozen weights become bfloat16.
+
+    Raises InputError for float8 on a device that has none.
+    """
+    can_float8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if config.float8 and not can_float8:
+        raise InputError("this device multiplies no float8 numbers", where="--float8 true")
+    in_bfloat16 = AUTOCAST_DTYPES.get(config.precision) is torch.bfloat16
+    if not (config.fused and in_bfloat16) or triton_kernels(torch.empty(0, device=device)) is None:
+        return
+    from acestep_ray.models.fused import can_fuse, fuse
+    from acestep_ray.models.fused_lyrics import fuse_lyric_encoder
+
+    if not can_fuse(transformer.config):
+        return
+    if is_lora and config.quantize_base == UNQUANTISED:
+        _store_frozen_as(transformer, torch.bfloat16)
+    # Without a LoRA, sharding and offloading want every parameter as it is.
+    fuse(transformer, join_frozen=is_lora, float8=config.float8)
+    fuse_lyric_encoder(transformer.lyric_encoder)
 
 
 def share_among_workers(

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.storage import AccessDeniedError, Store
+from acestep_ray.training.optim import join_parts, stored_parts
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 WEIGHTS_FILE = "trainable.safetensors"
@@ -59,7 +60,7 @@ class Snapshot:
     weights: dict[str, Tensor]
     """What is trained, by parameter."""
     moments: dict[str, Tensor]
-    """The optimizer's state, by `parameter/key`."""
+    """The optimizer's state, by `parameter/key`; a moment in 8 bits has several, `parameter/key/part`."""
     files: dict[str, bytes]
     """What other programs load, by file name."""
 
@@ -90,9 +91,10 @@ def take_snapshot(
     parameters = trainable_parameters(model)
     weights = copied(iter(parameters.items()))
     moments = copied(
-        (f"{name}/{key}", value)
+        (f"{name}/{part}", tensor)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+        for part, tensor in stored_parts(key, value).items()
     )
     return Snapshot(weights, moments, dict(files)) if is_first else None
 
@@ -309,7 +311,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, snapshot: Snapsh
     shapes = from_first_worker({name: (tuple(value.shape), value.dtype) for name, value in moments.items()})
     homes = _homes_of_moments(optimizer)
     for name, (shape, dtype) in shapes.items():
-        parameter_name, key = name.rsplit("/", 1)
+        parameter_name, key = name.split("/", 1)
         parameter = parameters[parameter_name]
         if shape == tuple(parameter.shape):
             moment = torch.empty_like(parameter, dtype=dtype)
@@ -317,6 +319,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, snapshot: Snapsh
             moment = torch.empty(shape, dtype=dtype, device=homes.get(key, parameter.device))
         _put(moment, moments.get(name))
         optimizer.state[parameter][key] = moment
+    for parameter in list(optimizer.state):
+        join_parts(optimizer, parameter)
 
 
 def _homes_of_moments(optimizer: torch.optim.Optimizer) -> dict[str, str]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from acestep_ray.diffusion.schedule import training_sigmas
 from acestep_ray.errors import AceStepError
 from acestep_ray.export.lora import lora_files
 from acestep_ray.models.flops import Lengths, Trained, model_flops
+from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import Store
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
@@ -75,7 +76,8 @@ class WorkerSettings:
     lora: dict | None
     """Fields of PEFT's `LoraConfig`; None trains the model's own weights."""
     checkpoints: Store
-    samples: Path
+    samples: Path | None
+    """None generates none."""
     log_dir: Path
     mlflow_run: MLflowRun | None
     total_steps: int
@@ -109,6 +111,10 @@ class WorkerPlace:
     """Called when what was asked for is saved."""
     preempted: Callable[[], bool] = never
     """Whether a machine of the run is about to go; all workers ask together, now and then."""
+    build: Callable[[TrainConfig, dict | None, torch.device], ACEStepTransformer] = build_transformer
+    """Makes the model; runs of one process may share the base model's weights."""
+    turn: contextlib.AbstractContextManager = field(default_factory=contextlib.nullcontext)
+    """Held while the model is at work: runs of one process share torch's random numbers."""
 
 
 Report = Callable[[dict[str, float], "Store | None"], None]
@@ -123,14 +129,18 @@ class TrainingDivergedError(AceStepError):
 
 def train_worker(settings: WorkerSettings, place: WorkerPlace, report: Report, say: Say = print) -> dict:
     """Train from the latest checkpoint to the last step; returns the run's losses, and its step."""
-    with Trainer(settings, place, report, say) as trainer:
-        state = trainer.resume()
-        trainer.before_first_step(state)
+    with place.turn:
+        trainer = Trainer(settings, place, report, say)
+    with trainer:
+        with place.turn:
+            state = trainer.resume()
+            trainer.before_first_step(state)
         for step, batches in enumerate(trainer.batches(state.step), start=state.step):
-            trainer.train_step(step, batches)
-            state.step = step + 1
-            if trainer.after_step(state):
-                break
+            with place.turn:
+                trainer.train_step(step, batches)
+                state.step = step + 1
+                if trainer.after_step(state):
+                    break
     return {"step": state.step, **state.losses}
 
 
@@ -148,7 +158,7 @@ class Trainer:
         self.sigmas = training_sigmas(config.shift)
         self.dropout = ConditionDropout(config.text_dropout, config.speaker_dropout, config.lyric_dropout)
 
-        self.transformer = build_transformer(config, settings.lora, self.device)
+        self.transformer = place.build(config, settings.lora, self.device)
         self.model = share_among_workers(
             self.transformer,
             config,
@@ -159,7 +169,7 @@ class Trainer:
         # Then every forward pass is one of all workers together.
         self.together = is_sharded(self.model)
         self.trained = list(trainable_parameters(self.transformer).values())
-        self.optimizer = build_optimizer(self.trained, config.weight_decay)
+        self.optimizer = build_optimizer(self.trained, config.weight_decay, config.optimizer)
         self.counted_as_trained = Trained.of(self.transformer)
         self.throughput = Throughput(self.device, self.workers, peak=peak_flops(self.device))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "16-mixed")
@@ -434,6 +444,7 @@ class Trainer:
                     rank=self.rank,
                     workers=self.workers,
                     together=self.together,
+                    say=self.progress.say,
                 )
             metrics = validation_metrics(f"loss/{name}", losses)
             state.losses[name][str(state.step)] = metrics[f"loss/{name}"]
@@ -444,7 +455,7 @@ class Trainer:
 
     def write_sample(self, state: TrainingState) -> None:
         """Generate the first song's prompt and lyrics with the model as it is; a failure is told and ends nothing."""
-        if self.rank > 0 and not self.together:
+        if self.settings.samples is None or (self.rank > 0 and not self.together):
             return
         directory = self.settings.samples / f"step={state.step}"
         song = self.source.read(0)

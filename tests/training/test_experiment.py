@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +114,12 @@ def test_a_folder_that_cannot_be_written_to_is_named_with_its_flag(tmp_path):
         make_folder(tmp_path / "file" / "logs", "--logger_dir")
     make_folder(tmp_path / "new" / "logs", "--logger_dir")
     assert list((tmp_path / "new" / "logs").iterdir()) == []
+
+
+def test_a_folder_that_is_read_only_is_named_with_its_flag(tmp_path, monkeypatch):
+    def touch(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")  # as root, permissions alone stop nothing
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(InputError, match=r"\(Read-only file system\)(?s:.*)--logger_dir"):
+        make_folder(tmp_path, "--logger_dir")

@@ -9,11 +9,16 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from acestep_ray.config import TrainConfig
 from acestep_ray.training.samples import SAMPLER
 from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.worker import WorkerPlace, WorkerSettings, train_worker
-from tests.training.conftest import latest_weights, settings_in, train_alone
+from tests.training.conftest import (
+    assert_close_weights,
+    latest_weights,
+    settings_in,
+    short_run,
+    train_alone,
+)
 
 # Three songs, one in a micro-batch, three of them in a step: two workers have two and one.
 MICRO_BATCHES = 3
@@ -21,17 +26,13 @@ MICRO_BATCHES = 3
 
 @pytest.fixture
 def config(checkpoint, tiny_cache):
-    return TrainConfig(
-        dataset_path=str(tiny_cache),
-        checkpoint_dir=str(checkpoint.path),
+    return short_run(
+        checkpoint,
+        tiny_cache,
         learning_rate=3e-4,
         max_steps=4,
         accumulate_grad_batches=MICRO_BATCHES,
-        precision="32",
-        num_workers=1,
         every_n_train_steps=2,
-        every_plot_step=1000,
-        plot_seconds=2.0,
     )
 
 
@@ -75,9 +76,7 @@ def assert_same_run(found: WorkerSettings, expected: WorkerSettings) -> None:
         assert found_losses[name] == pytest.approx(expected_losses[name], rel=1e-5), name
     for name in ("fixed_noise", "validation"):
         assert found_losses[name] == pytest.approx(expected_losses[name], rel=1e-5), name
-    weights = latest_weights(found)
-    for name, value in latest_weights(expected).items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    assert_close_weights(latest_weights(found), latest_weights(expected))
 
 
 def test_runs_on_two_workers_and_then_on_three_are_the_run_on_one(config, tmp_path):
@@ -85,6 +84,8 @@ def test_runs_on_two_workers_and_then_on_three_are_the_run_on_one(config, tmp_pa
     alone = {
         name: settings_in(tmp_path / name, config, lora=its) for name, its in (("lora", lora), ("all", None))
     }
+    quantised = replace(config, quantize_base="int8", optimizer="adamw-8bit")
+    alone["quantised"] = settings_in(tmp_path / "quantised", quantised, lora=lora)
     for settings in alone.values():
         train_alone(settings)
     offloaded = replace(config, cpu_offload=True)
@@ -92,6 +93,7 @@ def test_runs_on_two_workers_and_then_on_three_are_the_run_on_one(config, tmp_pa
         "lora": settings_in(tmp_path / "lora-together", config, lora=lora),
         "all": settings_in(tmp_path / "all-together", config, lora=None),
         "offloaded": settings_in(tmp_path / "offloaded", offloaded, lora=None),
+        "quantised": settings_in(tmp_path / "quantised-together", quantised, lora=lora),
     }
     longer = replace(config, max_steps=6, every_n_train_steps=100)
     stopped = settings_in(tmp_path / "stopped", longer, lora=lora)
@@ -103,6 +105,7 @@ def test_runs_on_two_workers_and_then_on_three_are_the_run_on_one(config, tmp_pa
     assert_same_run(together["lora"], alone["lora"])
     assert_same_run(together["all"], alone["all"])
     assert_same_run(together["offloaded"], alone["all"])
+    assert_same_run(together["quantised"], alone["quantised"])
     assert Checkpoints(stopped.checkpoints).steps() == [3]
     assert Checkpoints(saved.checkpoints).steps() == [5, 6]
 

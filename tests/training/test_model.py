@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.export.transformer import export_transformer
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
@@ -17,31 +16,22 @@ from acestep_ray.training.model import build_transformer, choose_trained
 from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.validation import FIXED_NOISE
 from tests.models.test_padding import CONFIG
-from tests.training.conftest import Killed, latest_weights, settings_in, train_alone
+from tests.training.conftest import (
+    Killed,
+    assert_same_weights,
+    kill_at,
+    latest_weights,
+    settings_in,
+    short_run,
+    train_alone,
+)
 
 
 @pytest.fixture
 def config(checkpoint, tiny_cache):
-    return TrainConfig(
-        dataset_path=str(tiny_cache),
-        checkpoint_dir=str(checkpoint.path),
-        learning_rate=3e-4,
-        max_steps=4,
-        batch_size=2,
-        precision="32",
-        num_workers=1,
-        every_n_train_steps=2,
-        every_plot_step=1000,
-        plot_seconds=2.0,
+    return short_run(
+        checkpoint, tiny_cache, learning_rate=3e-4, max_steps=4, batch_size=2, every_n_train_steps=2
     )
-
-
-def kill_at(step: int):
-    def kill(metrics, place):
-        if metrics["step"] == step:
-            raise Killed
-
-    return kill
 
 
 def on_meta() -> ACEStepTransformer:
@@ -87,7 +77,9 @@ def test_a_pattern_that_names_nothing_is_told():
         choose_trained(on_meta(), "projectors", with_ssl=False)
 
 
-def test_all_weights_learn_and_a_killed_run_goes_on_as_if_it_had_not_been(config, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_all_weights_learn_and_a_killed_run_goes_on_as_if_it_had_not_been(config, tmp_path, optimizer):
+    config = replace(config, optimizer=optimizer)
     settings = settings_in(tmp_path / "killed", config, lora=None)
 
     with pytest.raises(Killed):
@@ -97,9 +89,7 @@ def test_all_weights_learn_and_a_killed_run_goes_on_as_if_it_had_not_been(config
     expected = train_alone(unbroken)
     assert resumed == expected
     assert expected[FIXED_NOISE]["4"] < expected[FIXED_NOISE]["0"]
-    found = latest_weights(settings)
-    for name, value in latest_weights(unbroken).items():
-        assert torch.equal(found[name], value), name
+    assert_same_weights(settings, unbroken)
 
 
 def test_the_exported_transformer_has_every_name_of_the_released_one_and_loads_like_it(

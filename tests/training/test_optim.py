@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from acestep_ray.training.optim import clip_gradients, learning_rate_at, step_if
+import acestep_ray.training
+from acestep_ray.config import TrainConfig
+from acestep_ray.errors import InputError
+from acestep_ray.training.optim import (
+    build_optimizer,
+    check_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    set_learning_rate,
+    step_if,
+    stored_parts,
+)
 
 
 def test_it_rises_from_zero_to_the_peak_and_falls_linearly_to_zero():
@@ -39,21 +53,96 @@ def test_gradients_are_clipped_by_their_norm_or_element_by_element(algorithm, cl
     torch.testing.assert_close(torch.cat([p.grad for p in parameters]), torch.tensor(clipped))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_with_gradients_that_are_not_finite_changes_nothing(fused):
-    (parameter,) = gradients(1.0, 2.0)
-    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+def adamw(parameter: nn.Parameter, kind: str) -> torch.optim.Optimizer:
+    if kind == "fused":
+        return torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    optimizer = build_optimizer([parameter], 0.01, kind)
+    set_learning_rate(optimizer, 0.1)
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", ["adamw", "fused", "adamw-8bit"])
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing(kind):
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    parameter.grad = torch.full_like(parameter, 2.0)
+    optimizer = adamw(parameter, kind)
     step_if(optimizer, torch.tensor(True))
-    before, moments = (
-        parameter.detach().clone(),
-        {k: v.clone() for k, v in optimizer.state[parameter].items()},
-    )
+    before, moments = parameter.detach().clone(), plain_state(optimizer, parameter)
     assert before.any()
-    parameter.grad = torch.tensor([float("nan"), 1.0])
+    parameter.grad[0] = float("nan")
     step_if(optimizer, torch.tensor(False))
     assert torch.equal(parameter, before)
-    for name, value in moments.items():
-        assert torch.equal(optimizer.state[parameter][name], value), name
-    parameter.grad = torch.tensor([1.0, 2.0])
+    for name, value in plain_state(optimizer, parameter).items():
+        assert torch.equal(moments[name], value), name
+    parameter.grad = torch.full_like(parameter, 2.0)
     step_if(optimizer, torch.tensor(True))
     assert not torch.equal(parameter, before)
+
+
+def plain_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.clone()
+        for key, value in optimizer.state[parameter].items()
+        for name, tensor in stored_parts(key, value).items()
+    }
+
+
+def train(kind: str, rates: list[float]) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+    """A matrix pulled towards a noisy one, a step for each learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(64, 128, generator=generator)
+    parameter = nn.Parameter(torch.zeros_like(target))
+    optimizer = build_optimizer([parameter], weight_decay=0.1, name=kind)
+    for rate in rates:
+        noise = 0.1 * torch.randn(target.shape, generator=generator)
+        parameter.grad = parameter.detach() - target + noise
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+    return parameter.detach(), optimizer
+
+
+def test_moments_of_eight_bits_train_as_those_of_thirty_two_in_a_quarter_of_the_memory():
+    rates = [0.03 - 0.0005 * step for step in range(60)]
+    (full, in_32), (eight, in_8) = train("adamw", rates), train("adamw-8bit", rates)
+    assert (eight - full).norm() < 0.02 * full.norm()
+    assert not torch.equal(eight, full)
+    sizes = [
+        sum(t.nbytes for name, t in plain_state(o, o.param_groups[0]["params"][0]).items() if name != "step")
+        for o in (in_32, in_8)
+    ]
+    assert sizes[1] < 0.26 * sizes[0]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+def test_each_step_has_the_learning_rate_that_was_set_for_it(kind):
+    still, _ = train(kind, [0.0, 0.0])
+    assert not still.any()
+    once, _ = train(kind, [0.0, 0.01])
+    assert once.abs().max() == pytest.approx(0.01, rel=0.3)
+
+
+CONFIG = TrainConfig(dataset_path="cache", checkpoint_dir="checkpoint", lora_config_path="lora.json")
+
+
+def test_an_optimizer_that_is_not_there_is_told():
+    with pytest.raises(InputError, match=r"--optimizer sgd(?s:.*)adamw or adamw-8bit"):
+        check_optimizer(replace(CONFIG, optimizer="sgd"))
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.delitem(sys.modules, "acestep_ray.training.adamw8bit", raising=False)
+    monkeypatch.delattr(acestep_ray.training, "adamw8bit", raising=False)
+    with pytest.raises(InputError, match=r"torchao(?s:.*)acestep-ray\[quantisation\]"):
+        check_optimizer(replace(CONFIG, optimizer="adamw-8bit"))
+    check_optimizer(CONFIG)
+
+
+@pytest.mark.parametrize("changes", [{"devices": 2}, {"num_nodes": 2}, {"cpu_offload": True}])
+def test_moments_of_eight_bits_are_not_spread(changes):
+    changed = replace(CONFIG, optimizer="adamw-8bit", lora_config_path=None, **changes)
+    with pytest.raises(InputError, match="--optimizer adamw-8bit"):
+        check_optimizer(changed)
+    check_optimizer(replace(changed, optimizer="adamw"))
+    check_optimizer(replace(CONFIG, optimizer="adamw-8bit", devices=2))
+    check_optimizer(replace(CONFIG, optimizer="adamw-8bit", lora_config_path=None))
