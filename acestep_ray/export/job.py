@@ -1,0 +1,108 @@
+"""The export job: a LoRA of ours or of anybody, in the form that a program reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from acestep_ray.config import ExportConfig
+from acestep_ray.errors import InputError
+from acestep_ray.export.card import read_run, write_card
+from acestep_ray.export.folder import check_new, new_folder
+from acestep_ray.export.formats import DTYPES, FORMATS, format_files
+from acestep_ray.export.hub import check_repository, planned_upload, upload
+from acestep_ray.export.lora import ADAPTER_NAME, check_lora_fits
+from acestep_ray.export.source import Source, open_source
+from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
+from acestep_ray.models.weights import read_weights
+
+
+@dataclass
+class ExportSummary:
+    """What was written and uploaded."""
+
+    source: Source
+    format_name: str
+    directory: Path
+    files: list[str]
+    """Within the directory."""
+    repository: str | None
+    """Where it was uploaded, or would be."""
+    planned: list[str]
+    """What would be uploaded, of a dry run."""
+
+    def render(self) -> str:
+        """The summary as text."""
+        loras = self.source.loras.values()
+        ranks = sorted({update.rank for lora in loras for update in lora.updates.values()})
+        lines = [
+            *(f"from     {lora.path} ({len(lora.updates)} modules)" for lora in loras),
+            f"rank     {', '.join(map(str, ranks))}",
+            f"format   {self.format_name}",
+            *(f"wrote    {self.directory / name}" for name in self.files),
+        ]
+        if self.planned:
+            lines.append(f"dry run  nothing was uploaded; {self.repository} would get")
+            lines += [f"           {line}" for line in self.planned]
+        elif self.repository is not None:
+            lines.append(f"uploaded {self.repository}")
+        return "\n".join(lines)
+
+
+def export(config: ExportConfig) -> ExportSummary:
+    """Write a LoRA in a format, several adapters each into a folder of its name. Raises InputError."""
+    check_export_config(config)
+    output = Path(config.output_dir)
+    source = open_source(config.input_path, where="--input_path", checkpoint=config.checkpoint)
+    if config.checkpoint_dir is not None:
+        base = CheckpointDir.open(config.checkpoint_dir).path / TRANSFORMER
+        shapes = {name: tuple(tensor.shape) for name, tensor, _ in read_weights(base)}
+        for lora in source.loras.values():
+            check_lora_fits(lora.updates, shapes, lora.path)
+    facts = None if source.experiment is None else read_run(source.experiment, source.step)
+    files = {}
+    for adapter, lora in source.loras.items():
+        folder = "" if adapter == ADAPTER_NAME else f"{adapter}/"
+        written = format_files(
+            lora.updates,
+            config.format,
+            name=source.label + (f"-{adapter}" if folder else ""),
+            dtype=DTYPES[config.dtype],
+            notes=facts and facts.notes(),
+        )
+        files |= {f"{folder}{name}": content for name, content in written.items()}
+    with new_folder(output) as partial:
+        for name, content in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+        if facts is not None:
+            write_card(partial, facts, format_name=config.format, files=list(files))
+    repository, planned = config.push_to_hub, []
+    if repository is not None:
+        if config.dry_run:
+            planned = planned_upload(output)
+        else:
+            repository = upload(output, repository)
+    return ExportSummary(
+        source=source,
+        format_name=config.format,
+        directory=output,
+        files=sorted(file.relative_to(output).as_posix() for file in output.rglob("*") if file.is_file()),
+        repository=repository,
+        planned=planned,
+    )
+
+
+def check_export_config(config: ExportConfig) -> None:
+    """Raise InputError for settings that cannot be used."""
+    if config.format not in FORMATS:
+        raise InputError("unknown format", where=f"--format {config.format}", fix=", ".join(FORMATS))
+    if config.dtype not in DTYPES:
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=", ".join(DTYPES))
+    if config.push_to_hub is not None:
+        check_repository(config.push_to_hub)
+    elif config.dry_run:
+        raise InputError(
+            "there is no upload to try", where="--dry_run", fix="give --push_to_hub USER/NAME too"
+        )
+    check_new(Path(config.output_dir))

@@ -1,0 +1,160 @@
+"""`export merge`: a base model with LoRAs in its weights, as a complete checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from acestep_ray.config import MergeConfig
+from acestep_ray.errors import InputError
+from acestep_ray.export.folder import check_new, new_folder
+from acestep_ray.export.lora import check_lora_fits, merged_weight
+from acestep_ray.export.reading import LoraUpdate
+from acestep_ray.export.source import open_source
+from acestep_ray.export.transformer import WeightInfo, parse_size, write_weights
+from acestep_ray.models.checkpoint import LYRIC_VOCAB, PARTS, TRANSFORMER, CheckpointDir
+from acestep_ray.models.weights import read_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECORD = "merged.json"
+"""What a merged checkpoint was made of."""
+_OTHER_PARTS = [*(part for part in PARTS.values() if part != TRANSFORMER), Path(LYRIC_VOCAB).parent.name]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """A LoRA's changes and how strongly they are used."""
+
+    path: Path
+    updates: dict[str, LoraUpdate]
+    weight: float
+
+
+@dataclass
+class MergeSummary:
+    """What was written."""
+
+    directory: Path
+    files: int
+    """Of the transformer's weights."""
+    num_bytes: int
+    changed: int
+    """Weights that the LoRAs change."""
+    loras: list[Strength]
+    seconds: float
+
+    def render(self) -> str:
+        """The summary as text."""
+        lines = [f"LoRA        {lora.path} at strength {lora.weight:g}" for lora in self.loras]
+        return "\n".join(
+            [
+                *lines,
+                f"changed     {self.changed} weights",
+                f"checkpoint  {self.directory} (transformer: {self.num_bytes / 1e6:,.1f} MB in {self.files} files)",
+                f"took        {self.seconds:.1f} s",
+            ]
+        )
+
+
+def merge(config: MergeConfig) -> MergeSummary:
+    """Write a checkpoint whose transformer is the base with LoRAs merged in; one weight is in memory at a time.
+
+    Raises InputError before anything is written.
+    """
+    started = time.monotonic()
+    if config.dtype not in DTYPES:
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=" or ".join(DTYPES))
+    largest_file = parse_size(config.max_shard_size)
+    if largest_file is None:
+        where = f"--max_shard_size {config.max_shard_size}"
+        raise InputError("not a size", where=where, fix="such as 5GB or 500MB")
+    output = Path(config.output_dir)
+    check_new(output)
+    checkpoint = CheckpointDir.open(config.checkpoint_dir)
+    base = checkpoint.path / TRANSFORMER
+    loras = read_strengths(config.lora_path, config.lora_weight)
+    stored = {name: WeightInfo(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in read_weights(base)}
+    for lora in loras:
+        check_lora_fits(lora.updates, {name: info.shape for name, info in stored.items()}, lora.path)
+    infos = {name: _in_dtype(info, DTYPES[config.dtype]) for name, info in stored.items()}
+    changes: dict[str, list[tuple[LoraUpdate, float]]] = {}
+    for lora in loras:
+        for name, update in lora.updates.items():
+            changes.setdefault(f"{name}.weight", []).append((update, lora.weight))
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        return merged_weight(weight, changes[name]) if name in changes else weight
+
+    with new_folder(output) as folder:
+        for name in _OTHER_PARTS:
+            if (checkpoint.path / name).is_dir():
+                shutil.copytree(checkpoint.path / name, folder / name)
+        transformer = folder / TRANSFORMER
+        transformer.mkdir()
+        shutil.copyfile(base / "config.json", transformer / "config.json")
+        write_weights(transformer, infos, base, change, largest_file=largest_file)
+        record = {
+            "loras": [{"name": lora.path.name, "weight": lora.weight} for lora in loras],
+            "dtype": config.dtype,
+            "base": checkpoint.fingerprint("transformer"),
+        }
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        files = list(transformer.glob("*.safetensors"))
+        num_bytes = sum(file.stat().st_size for file in files)
+        CheckpointDir.open(folder)
+    return MergeSummary(
+        directory=output,
+        files=len(files),
+        num_bytes=num_bytes,
+        changed=len(changes.keys() & stored.keys()),
+        loras=loras,
+        seconds=time.monotonic() - started,
+    )
+
+
+def read_strengths(paths: str, weights: str | None) -> list[Strength]:
+    """The LoRAs of `--lora_path`, several with commas, each with its number of `--lora_weight` or 1.
+
+    An experiment of several adapters counts as one. Raises InputError.
+    """
+    places = _listed(paths)
+    if not places:
+        raise InputError(
+            "no LoRA is given", where=f"--lora_path {paths!r}", fix="give one, or several with commas"
+        )
+    numbers = _numbers(weights) if weights is not None else [1.0] * len(places)
+    if len(numbers) != len(places):
+        raise InputError(
+            f"{len(numbers)} weights for {len(places)} LoRAs",
+            where=f"--lora_weight {weights}",
+            fix="give as many as there are in --lora_path, with commas between them",
+        )
+    return [
+        Strength(lora.path, lora.updates, weight)
+        for place, weight in zip(places, numbers, strict=True)
+        for lora in open_source(place, where="--lora_path").loras.values()
+    ]
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        numbers = [float(item) for item in _listed(text)]
+    except ValueError:
+        numbers = [float("nan")]
+    if not all(abs(number) < float("inf") for number in numbers):
+        raise InputError("not a list of numbers", where=f"--lora_weight {text}", fix="such as 0.8,0.5")
+    return numbers
+
+
+def _in_dtype(info: WeightInfo, dtype: torch.dtype) -> WeightInfo:
+    return WeightInfo(info.shape, dtype) if info.dtype.is_floating_point else info

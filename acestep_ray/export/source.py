@@ -1,0 +1,134 @@
+"""What a path given to `export` means: an experiment, one of its checkpoints, or a LoRA from anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.export.lora import ADAPTER_NAME
+from acestep_ray.export.names import is_module
+from acestep_ray.export.reading import LORA_FILE, PEFT_FILE, LoraFile, find_lora_file, open_lora, some
+from acestep_ray.storage import Store
+from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints, DamagedCheckpointError, best_step
+
+SETTINGS_FILE = "train.yaml"
+CHECKPOINTS = "checkpoints"
+_STEP = re.compile(r"step=(\d+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The LoRAs that a path means."""
+
+    loras: dict[str, LoraFile]
+    """By adapter; one without a name is `ADAPTER_NAME`."""
+    experiment: Path | None
+    """The folder of the run that trained them, where the path is of one."""
+    step: int | None
+
+    @property
+    def label(self) -> str:
+        """A short name for what is made of it."""
+        if self.experiment is not None:
+            return f"{self.experiment.name}-step{self.step}"
+        (first, *_) = self.loras.values()
+        # Files of these names say what form they have, not what they are.
+        is_named_by_form = first.path.name in (LORA_FILE, PEFT_FILE)
+        return first.path.resolve().parent.name if is_named_by_form else first.path.stem
+
+
+def open_source(path: str | Path, *, where: str, checkpoint: str = "last") -> Source:
+    """Read the LoRAs of an experiment, a training checkpoint, or a LoRA's file or directory.
+
+    Of an experiment `checkpoint` chooses: `last`, `best` (the lowest validation loss), or a step. `where` names the
+    flag in messages. Raises InputError for what holds no whole LoRA of an ACE-Step v1 model.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(
+            "nothing here", where=f"{where} {path}", fix="give an experiment, a training checkpoint or a LoRA"
+        )
+    folder = _checkpoint_folder(path, checkpoint)
+    if folder is None:
+        files, experiment, step = {ADAPTER_NAME: find_lora_file(path)}, None, None
+    else:
+        files = _files_of_checkpoint(folder)
+        experiment, step = folder.resolve().parent.parent, int(_STEP.fullmatch(folder.name)[1])
+    loras = {adapter: open_lora(file) for adapter, file in files.items()}
+    for lora in loras.values():
+        check_is_ace_step(lora)
+    return Source(loras, experiment, step)
+
+
+def check_is_ace_step(lora: LoraFile) -> None:
+    """Raise InputError for a LoRA with modules that no ACE-Step v1 transformer has."""
+    others = [name for name in lora.updates if not is_module(name)]
+    if others:
+        shape = lora.updates[others[0]].shape
+        raise InputError(
+            f"this LoRA is not one of ACE-Step v1: {len(others)} of its {len(lora.updates)} modules are unknown, "
+            f"{some(others)} (the first is {shape[0]} × {shape[1]})",
+            where=str(lora.path),
+            fix="give a LoRA of ACE-Step v1; those of version 1.5 have other modules",
+        )
+
+
+def _checkpoint_folder(path: Path, chosen: str) -> Path | None:
+    """The folder `step=N` that an experiment, its checkpoints or one of these means; None for anything else."""
+    path = path.resolve()
+    if _STEP.fullmatch(path.name) and path.is_dir():
+        # A folder that was copied out of its run is a folder with a LoRA.
+        return path if path.parent.name == CHECKPOINTS else None
+    folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+    checkpoints = Checkpoints(Store.at(folder))
+    steps = checkpoints.steps() if folder.is_dir() else []
+    if not steps:
+        if (path / SETTINGS_FILE).exists():
+            raise InputError("this run has no checkpoint yet", where=str(path), fix="train it further")
+        return None
+    step = {"last": str(steps[-1])}.get(chosen, chosen)
+    if chosen == "best":
+        best = best_step((checkpoints.latest_state() or {"losses": {}})["losses"], steps)
+        if best is None:
+            raise InputError(
+                "this run measured no validation loss at its checkpoints",
+                where="--checkpoint best",
+                fix=f"choose a step: {', '.join(map(str, steps))}",
+            )
+        step = str(best)
+    if step not in map(str, steps):
+        raise InputError(
+            "the run has no such checkpoint",
+            where=f"--checkpoint {chosen}",
+            fix=f"last, best, or a step: {', '.join(map(str, steps))}",
+        )
+    return folder / f"step={step}"
+
+
+def _files_of_checkpoint(folder: Path) -> dict[str, Path]:
+    """The LoRA files of a training checkpoint by adapter, each found to be what was written."""
+    checkpoints = Checkpoints(Store.at(folder.parent))
+    step = int(_STEP.fullmatch(folder.name)[1])
+    try:
+        noted = checkpoints.read_state(step)["files"]
+    except (DamagedCheckpointError, FileNotFoundError) as error:
+        raise InputError(
+            f"this checkpoint is not whole ({error})", where=str(folder), fix="take another step"
+        ) from None
+    except AceStepError as error:
+        raise InputError(str(error), where=str(folder)) from None
+    names = [name for name in noted if name.rsplit("/", 1)[-1] == LORA_FILE]
+    if not names:
+        raise InputError(
+            f"this run trained the model's own weights ({WEIGHTS_FILE}), not a LoRA",
+            where=str(folder),
+            fix=f"`acestep-ray export extract --finetuned_path {folder.parent.parent}` makes a LoRA of them",
+        )
+    for name in names:
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != noted[name]["sha256"]:
+            raise InputError("this file is not what training wrote", where=str(path), fix="take another step")
+    return {(name.rpartition("/")[0] or ADAPTER_NAME): folder / name for name in names}
