@@ -107,6 +107,8 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
+    optimizer: str = "adamw"
+    """adamw, or adamw-8bit (its moments in a quarter of the memory, for all weights on one worker; needs torchao)."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises from 0, before it falls linearly to 0 at `max_steps`."""
     max_steps: int = 2_000_000
@@ -131,6 +133,14 @@ class TrainConfig:
     """Device to train on: auto, cpu or cuda."""
     precision: str = "bf16-mixed"
     """bf16-mixed, bf16-true (frozen weights stored in bfloat16), 16-mixed, or 32 (`fp32` says the same)."""
+    quantize_base: str = "none"
+    """With a LoRA: how the frozen weights of blocks and lyric encoder are stored: none (as they are), int8 or nf4."""
+    fused: bool = True
+    """On a GPU, in bfloat16: compute the model in few passes over memory; false takes the plain path, several times
+    slower."""
+    float8: bool = False
+    """With a LoRA, on a GPU of the H100's generation or later: products with frozen weights in float8, which is faster
+    and changes the numbers slightly."""
     gradient_clip_val: float = 0.5
     """Largest norm of the gradient, or with `gradient_clip_algorithm: value` its largest element."""
     gradient_clip_algorithm: str = "norm"
@@ -235,3 +245,130 @@ class QuickstartConfig:
     """Device to run on: auto, cpu or cuda."""
     seed: int = 0
     """Seed of the run."""
+
+
+@dataclass
+class ExportConfig:
+    """Writes a LoRA for other programs, with a model card where it comes from a run."""
+
+    input_path: str
+    """Experiment, training checkpoint, or a LoRA's file or directory in any known form."""
+    output_dir: str
+    """New directory to write."""
+    format: str = "universal"
+    """universal (one file that plays everywhere), peft (adapter directory), comfyui or kohya."""
+    checkpoint: str = "last"
+    """Of an experiment: last, best (the lowest validation loss), or a step."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    checkpoint_dir: str | None = None
+    """Checkpoint directory that the LoRA is to fit; none looks at the names of its modules alone."""
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face Hub, USER/NAME, that gets the files; a new one is private."""
+    dry_run: bool = False
+    """With `push_to_hub`: only say what would be uploaded."""
+
+
+@dataclass
+class MergeConfig:
+    """Merges LoRAs into a base model: a complete checkpoint directory."""
+
+    checkpoint_dir: str
+    """Checkpoint directory of the base model, in the released layout."""
+    lora_path: str
+    """LoRA, training checkpoint or experiment; several with commas between them."""
+    output_dir: str
+    """New checkpoint directory to write."""
+    lora_weight: str | None = None
+    """Strength of each LoRA, with commas between them; none is 1 for all."""
+    dtype: str = "float32"
+    """float32 or bfloat16, of the transformer."""
+    max_shard_size: str = "5GB"
+    """Largest file of the transformer's weights, such as 5GB or 500MB."""
+
+
+@dataclass
+class ExtractConfig:
+    """Makes a LoRA of the difference between a fine-tuned model and its base."""
+
+    checkpoint_dir: str
+    """Checkpoint directory of the base model, in the released layout."""
+    finetuned_path: str
+    """Fine-tuned transformer: its folder, the experiment that trained it, or a checkpoint directory."""
+    output_dir: str
+    """New directory to write."""
+    rank: int = 64
+    """Rank of the LoRA."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "auto"
+    """Device to compute on: auto, cpu or cuda."""
+
+
+@dataclass
+class MixConfig:
+    """Makes one LoRA of the weighted sum of several."""
+
+    lora_path: str
+    """LoRAs, training checkpoints or experiments, with commas between them."""
+    output_dir: str
+    """New directory to write."""
+    lora_weight: str | None = None
+    """Weight of each LoRA, with commas between them; none is 1 for all."""
+    rank: int | None = None
+    """Largest rank of the result; none adds the ranks up, which is exact."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+
+
+@dataclass
+class TuneConfig(TrainConfig):
+    """Searches for the LoRA and the learning rate that fit held-out songs best: many short runs of `train`."""
+
+    lora_config_path: str | None = None
+    """JSON file with the LoRA configuration that the search starts from; none takes the original's."""
+    exp_name: str = "search"
+    """Name of the search: its files lie in `exps/EXP_NAME`, its logs in LOGGER_DIR/EXP_NAME."""
+    max_steps: int = 2000
+    """Optimizer steps of a trial that is not stopped."""
+    val_check_interval: int | None = None
+    """Steps between a trial's validations, which decide on it and are checkpoints; none makes eight of them."""
+    max_failures: int = 3
+    """Times that a trial which failed is started again, from its last checkpoint, before it is given up."""
+    allow_changes: bool = False
+    """Search although the feature cache was computed with other encoders than the checkpoint's."""
+    space: str | None = None
+    """YAML file with the search space, `dimension: distribution` a line; none takes the default one."""
+    search_rank: str | None = None
+    """Distribution of LoRA's rank in place of the space's: log2int(LOW, HIGH), choice(A, B, …) or a number."""
+    search_alpha: str | None = None
+    """Of its alpha: choice of r, 2r, rslora and numbers."""
+    search_learning_rate: str | None = None
+    """Of the learning rate: loguniform(LOW, HIGH), uniform(LOW, HIGH) or choice(A, B, …)."""
+    search_targets: str | None = None
+    """Of the modules: choice of groups with + between them: attention, cross_attention, feed_forward, lyric_encoder,
+    speaker."""
+    search_dropout: str | None = None
+    """Of LoRA's dropout."""
+    search_ssl_coeff: str | None = None
+    """Of the weight of the SSL losses."""
+    trials: int = 16
+    """Trials in all; the first has the settings of a run without a search, as far as the space has them."""
+    scheduler: str = "asha"
+    """Which trials are stopped early: asha, median (the median stopping rule) or none."""
+    grace_steps: int | None = None
+    """Steps before which no trial is stopped; none takes `val_check_interval`."""
+    reduction_factor: float = 3.0
+    """ASHA lets one in so many trials pass each rung, and its rungs are so many times further apart."""
+    searcher: str = "random"
+    """How parameters are drawn: random, or optuna (TPE, which learns from earlier trials)."""
+    gpus_per_trial: float | None = None
+    """GPUs of a trial, which may be a fraction: several trials share a GPU. None takes one a worker, or no GPU."""
+    cpus_per_trial: float = 1.0
+    """CPUs of a trial."""
+    workers_per_trial: int = 1
+    """Workers of a trial, one GPU each where there are GPUs."""
+    share_base: bool = False
+    """The trials of a GPU, or of a machine without GPUs, share one frozen base model and take turns."""
+    retrain_best: int | None = None
+    """Train the winner anew at the end, with so many steps, as the experiment EXP_NAME_best."""

@@ -1,9 +1,13 @@
-"""Time of one LoRA training step of the 3.5B configuration from cached features, random weights.
+"""LoRA training steps of the 3.5B configuration from cached features, random weights: time, memory, float8's error.
 
     python benchmarks/train_step.py --device cuda --json step.json
+    python benchmarks/train_step.py --device cuda --paths fused --cases 8x240 --floor 4000
     python benchmarks/train_step.py --device cpu --tiny
 
-A step is forward, backward, clipping and AdamW over one batch, SSL losses on, 64 prompt and 512 lyric tokens. The
+A step is forward, backward, clipping and AdamW over one batch, SSL losses on, 64 prompt and 512 lyric tokens a song. A
+case is SONGSxSECONDS; `mixed` is songs of 3 to 240 s, each length as likely, in batches under a budget of frames. The
+paths: `plain` is the one that the others are tested against, `fused` the one that trains on a GPU, `float8` with
+products of frozen weights in float8, `int8` and `nf4` with quantised frozen weights; `+` recomputes activations. The
 reference is the original trainer's step for one song on one H100 80 GB, which runs the frozen models each time too.
 """
 
@@ -12,23 +16,48 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from acestep_ray.config import TrainConfig
 from acestep_ray.diffusion.objective import SSLTarget, TrainingBatch, flow_matching_losses
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
+from acestep_ray.models.flops import Lengths, Trained, model_flops
 from acestep_ray.models.lyric_encoder import LyricEncoderConfig
 from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
 from acestep_ray.training.lora import DEFAULT_LORA, add_lora
+from acestep_ray.training.model import fuse_passes, store_frozen
 from acestep_ray.training.optim import build_optimizer, clip_gradients, set_learning_rate
+from acestep_ray.training.sampler import BatchPlan
+from acestep_ray.training.throughput import peak_flops
 
 PROMPT_TOKENS, LYRIC_TOKENS = 64, 512
 SSL_FRAMES_PER_SECOND = {"mert": 75, "m-hubert": 50}
+SSL_STRIDE = 4
 # Seconds of song → milliseconds of the original's step, with activation checkpointing.
 ORIGINAL_MS = {30: 680, 120: 717, 240: 844}
+WARM_UP_STEPS = 3
+MIXED = "mixed"
+MIXED_SONGS, MIXED_FRAMES = 96, 8 * 2584
+COLUMNS = (
+    "path", "case", "songs", "step_ms", "host_ms", "times_realtime", "tflops", "mfu", "memory_gb", "times_original",
+)  # fmt: skip
+DEFAULT_CASES = {
+    "plain": ("1x240", "4x240"),
+    "plain+": ("1x240",),
+    "fused": ("1x30", "1x240", "4x240", "8x240", "32x30", "64x30", MIXED),
+    "fused+": ("1x240", "8x240"),
+    "float8": ("8x240", "32x30"),
+    "int8+": ("1x240",),
+    "nf4+": ("1x240",),
+}
 TINY = TransformerConfig(
     num_layers=4,
     inner_dim=64,
@@ -40,20 +69,24 @@ TINY = TransformerConfig(
 )
 
 
-def random_batch(config: TransformerConfig, songs: int, seconds: int, device: torch.device) -> TrainingBatch:
-    """Songs of one length with features of the sizes that real ones have."""
-    frames = latent_frames(seconds * SAMPLE_RATE)
-    latents = torch.randn(songs, 8, 16, frames)
+def random_batch(
+    config: TransformerConfig, songs: int, seconds: float | Sequence[float], device: torch.device
+) -> TrainingBatch:
+    """Songs of the given lengths with features of the sizes that real ones have."""
+    lengths = [seconds] * songs if isinstance(seconds, int | float) else list(seconds)
+    frames = torch.tensor([latent_frames(int(length * SAMPLE_RATE)) for length in lengths])
+    latents = torch.randn(songs, 8, 16, int(frames.max()))
     ssl = {}
     for name, width in zip(config.ssl_names, config.ssl_latent_dims, strict=True):
-        length = SSL_FRAMES_PER_SECOND[name] * seconds
-        features = torch.randint(-127, 128, (songs, length, width), dtype=torch.int8)
-        ssl[name] = SSLTarget(features, torch.full((songs,), length))
+        counts = torch.tensor([int(SSL_FRAMES_PER_SECOND[name] * length) for length in lengths])
+        shape = (songs, -(-int(counts.max()) // SSL_STRIDE), width)
+        features = torch.randint(-127, 128, shape, dtype=torch.int8)
+        ssl[name] = SSLTarget(features, counts, SSL_STRIDE)
     batch = TrainingBatch(
         latents=latents,
         noise=torch.randn_like(latents),
         sigmas=torch.rand(songs),
-        frame_mask=torch.ones(songs, frames, dtype=torch.bool),
+        frame_mask=torch.arange(latents.shape[-1])[None] < frames[:, None],
         text=torch.randn(songs, PROMPT_TOKENS, config.text_embedding_dim),
         text_mask=torch.ones(songs, PROMPT_TOKENS, dtype=torch.bool),
         speaker=torch.zeros(songs, config.speaker_embedding_dim),
@@ -65,95 +98,215 @@ def random_batch(config: TransformerConfig, songs: int, seconds: int, device: to
     return batch.to(device)
 
 
-def measure(model: ACEStepTransformer, songs: int, seconds: int, steps: int, device: torch.device) -> dict:
-    """Median milliseconds of a step, and the most memory that it took."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(trained, weight_decay=0.01)
-    set_learning_rate(optimizer, 1e-4)
-    batch = random_batch(model.config, songs, seconds, device)
+def build_model(config: TransformerConfig, path: str, device: torch.device) -> ACEStepTransformer:
+    """A model with a LoRA whose weights do not depend on the path, prepared for it."""
+    torch.manual_seed(0)
+    quantised = path.rstrip("+") in ("int8", "nf4")
+    with torch.device("cpu" if quantised else device):
+        model = ACEStepTransformer(config)
+        add_lora(model, DEFAULT_LORA)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                nn.init.normal_(parameter, std=0.01)
+    settings = TrainConfig(
+        dataset_path="",
+        checkpoint_dir="",
+        precision="bf16-true" if device.type == "cuda" else "32",
+        quantize_base=path.rstrip("+") if quantised else "none",
+        fused=not path.startswith("plain"),
+        float8=path.startswith("float8"),
+        activation_checkpointing=1.0 if path.endswith("+") else 0.0,
+    )
+    store_frozen(model, settings, device)
+    fuse_passes(model, settings, device, is_lora=True)
+    model.activation_checkpointing = settings.activation_checkpointing
+    return model
+
+
+class Steps:
+    """Training steps of one model."""
+
+    def __init__(self, model: ACEStepTransformer, device: torch.device):
+        self.model, self.device = model, device
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.trained, weight_decay=0.01)
+        set_learning_rate(self.optimizer, 1e-5)
+
+    def losses(self, batch: TrainingBatch) -> Tensor:
+        """The loss of each song, (B,)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return flow_matching_losses(self.model, batch).total(1.0)
+
+    def __call__(self, batch: TrainingBatch) -> Tensor:
+        """One step; returns the loss."""
+        loss = self.losses(batch).mean()
+        loss.backward()
+        clip_gradients(self.trained, 0.5)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def seconds(self, batches: Sequence[TrainingBatch], rounds: int) -> tuple[float, float]:
+        """Seconds of a round of steps over `batches`, and of that what the host took to start them."""
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(rounds):
+            for batch in batches:
+                self(batch)
+        host = time.perf_counter() - started
+        self._wait()
+        return (time.perf_counter() - started) / rounds, host / rounds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(steps: Steps, case: str, rounds: int) -> dict:
+    """Milliseconds of a step, × realtime, operations a second, and the most memory that it took."""
+    device, config = steps.device, steps.model.config
+    if case == MIXED:
+        batches = mixed_batches(config, device)
+    else:
+        songs, length = (int(part) for part in case.split("x"))
+        batches = [random_batch(config, songs, length, device)]
     on_gpu = device.type == "cuda"
+    for batch in batches:
+        for _ in range(WARM_UP_STEPS if len(batches) == 1 else 1):
+            loss = steps(batch)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps + 3):
-        started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            loss = flow_matching_losses(model, batch).total(1.0).mean()
-        loss.backward()
-        clip_gradients(trained, 0.5)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) * 1000)
-    milliseconds = sorted(times[3:])[steps // 2]
+    took, host = steps.seconds(batches, rounds if len(batches) == 1 else 1)
+    audio = sum(float(batch.frame_mask.sum()) for batch in batches) / latent_frames(SAMPLE_RATE * 240) * 240
+    flops = sum(step_flops(steps.model, batch) for batch in batches)
+    peak = peak_flops(device)
     return {
-        "songs": songs,
-        "seconds": seconds,
-        "checkpointing": model.activation_checkpointing,
-        "step_ms": round(milliseconds, 1),
-        "times_realtime": round(songs * seconds * 1000 / milliseconds),
+        "songs": sum(len(batch.sigmas) for batch in batches),
+        "steps": len(batches),
+        "step_ms": round(1000 * took / len(batches), 1),
+        "host_ms": round(1000 * host / len(batches), 1),
+        "times_realtime": round(audio / took),
+        "tflops": round(flops / took / 1e12, 1),
+        "mfu": None if peak is None else round(flops / took / peak, 3),
         "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_gpu else None,
         "loss_is_finite": bool(torch.isfinite(loss)),
-        "times_original": round(ORIGINAL_MS[seconds] * songs / milliseconds, 2)
-        if seconds in ORIGINAL_MS
-        else None,
+        "times_original": times_original(case, took),
     }
 
 
+def step_flops(model: ACEStepTransformer, batch: TrainingBatch) -> int:
+    """Operations of a step that are of use: of valid frames, without what is computed again."""
+    masks = (batch.frame_mask, batch.text_mask, batch.lyric_mask)
+    lengths = Lengths.of(*(mask.sum(dim=1).tolist() for mask in masks))
+    return model_flops(model.config, lengths, with_ssl=True, trained=Trained.of(model)).total
+
+
+def times_original(case: str, seconds: float) -> float | None:
+    """How many times as many songs a second as the original's trainer."""
+    if case == MIXED:
+        return None
+    songs, length = (int(part) for part in case.split("x"))
+    if length not in ORIGINAL_MS:
+        return None
+    return round(ORIGINAL_MS[length] / 1000 * songs / seconds, 2)
+
+
+def mixed_batches(config: TransformerConfig, device: torch.device) -> list[TrainingBatch]:
+    """An epoch of songs of 3 to 240 s in the batches that training forms of them."""
+    seconds = np.random.default_rng(0).uniform(3, 240, MIXED_SONGS)
+    frames = np.array([latent_frames(int(length * SAMPLE_RATE)) for length in seconds])
+    plan = BatchPlan(frames, seed=0, micro_batches_per_step=1, batch_frames=MIXED_FRAMES)
+    steps = [plan.step(step)[0] for step in range(plan.steps_in_epochs(1))]
+    return [random_batch(config, len(step.songs), seconds[list(step.songs)], device) for step in steps]
+
+
+def losses_by_path(config: TransformerConfig, paths: Sequence[str], device: torch.device) -> dict[str, float]:
+    """The loss of the same four songs with the same weights."""
+    found = {}
+    for path in paths:
+        steps = Steps(build_model(config, path, device), device)
+        torch.manual_seed(1)
+        batch = random_batch(config, 4, 120, device)
+        with torch.no_grad():
+            found[path] = steps.losses(batch).mean().item()
+        del steps
+        free(device)
+    return found
+
+
+def free(device: torch.device) -> None:
+    """Give memory back before the next model."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def show(row: dict) -> None:
+    """One line of the table."""
+    print(" | ".join(f"{row.get(column, '')}".rjust(max(7, len(column))) for column in COLUMNS), flush=True)
+
+
+def run_cases(
+    config: TransformerConfig, cases: dict[str, Sequence[str]], rounds: int, device: torch.device
+) -> list[dict]:
+    """A row for every path and case, printed as it comes."""
+    rows = []
+    show({column: column for column in COLUMNS})
+    for path, names in cases.items():
+        steps = Steps(build_model(config, path, device), device)
+        for case in names:
+            try:
+                row = measure(steps, case, rounds)
+            except torch.OutOfMemoryError:
+                row = {"step_ms": "no memory"}
+            rows.append({"path": path, "case": case, **row})
+            show(rows[-1])
+            free(device)
+        del steps
+        free(device)
+    return rows
+
+
 def main() -> None:
-    """Measure every case and print a table."""
+    """Measure every case, print a table, compare the losses, and fail below the floor."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each case")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each case")
+    parser.add_argument("--paths", help="only these, with commas")
+    parser.add_argument("--cases", help="the same cases for all paths, with commas")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, for a CPU")
+    parser.add_argument("--floor", type=float, help="least × realtime of the fused path with 8x240")
+    parser.add_argument("--float8_floor", type=float, help="the same of float8")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
 
-    torch.manual_seed(0)
-    with device:
-        model = ACEStepTransformer(replace(TINY) if arguments.tiny else TransformerConfig())
-        add_lora(model, DEFAULT_LORA)
-    cases = [(1, 3)] if arguments.tiny else [(1, 30), (1, 120), (1, 240), (4, 240)]
-    rows = []
-    for checkpointing in (True, False):
-        model.activation_checkpointing = checkpointing
-        for songs, seconds in cases:
-            try:
-                rows.append(measure(model, songs, seconds, arguments.steps, device))
-            except torch.OutOfMemoryError:
-                rows.append(
-                    {
-                        "songs": songs,
-                        "seconds": seconds,
-                        "checkpointing": checkpointing,
-                        "step_ms": "no memory",
-                    }
-                )
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    config = replace(TINY) if arguments.tiny else TransformerConfig()
+    cases = {"plain": ("2x3",), "fused": ("2x3",)} if arguments.tiny else DEFAULT_CASES
+    if arguments.paths:
+        cases = {path: cases.get(path, ("8x240",)) for path in arguments.paths.split(",")}
+    if arguments.cases:
+        cases = dict.fromkeys(cases, tuple(arguments.cases.split(",")))
     chip = (
         torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     )
-    report = {"chip": chip, "torch": torch.__version__, "rows": rows}
+    print(f"{chip}, torch {torch.__version__}")
+    rows = run_cases(config, cases, arguments.steps, device)
+    losses = losses_by_path(config, list(cases), device)
+    print("losses of the same songs and weights:", {path: round(loss, 5) for path, loss in losses.items()})
+    report = {"chip": chip, "torch": torch.__version__, "rows": rows, "losses": losses}
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"{chip}, torch {torch.__version__}")
-    columns = [
-        "songs",
-        "seconds",
-        "checkpointing",
-        "step_ms",
-        "times_realtime",
-        "memory_gb",
-        "times_original",
-    ]
-    print(" | ".join(columns))
-    for row in rows:
-        print(" | ".join(f"{row.get(column, '')}".rjust(len(column)) for column in columns))
+    failed = False
+    for path, floor in (("fused", arguments.floor), ("float8", arguments.float8_floor)):
+        found = [row["times_realtime"] for row in rows if (row["path"], row["case"]) == (path, "8x240")]
+        if floor is not None and max(found, default=0) < floor:
+            print(
+                f"{path}: {max(found, default=0)} × realtime, under the floor of {floor:g}", file=sys.stderr
+            )
+            failed = True
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acestep_ray.diffusion.schedule import TRAINING_STEPS
+from acestep_ray.models.kernels import triton_kernels
 from acestep_ray.models.transformer import ACEStepTransformer
 
 
@@ -133,12 +134,21 @@ def projection_loss(projection: Tensor, frame_mask: Tensor, target: SSLTarget) -
     The projection is interpolated in time to the features' length (linear, corners not aligned).
     """
     kept = torch.arange(target.features.shape[1], device=projection.device)
-    at_features = interpolate_time(
-        projection.to(torch.float32), frame_mask.sum(dim=1), target.lengths, kept * target.stride
-    )
-    cosine = F.cosine_similarity(at_features, target.features.to(torch.float32), dim=-1)
+    cosine = projection_cosines(projection, frame_mask.sum(dim=1), target, kept * target.stride)
     mask = kept[None] * target.stride < target.lengths[:, None]
     return masked_mean(1 - cosine, mask)
+
+
+def projection_cosines(
+    projection: Tensor, source_lengths: Tensor, target: SSLTarget, places: Tensor
+) -> Tensor:
+    """Cosine (B, P) of the projected stream (B, W, dim), interpolated at `places`, and the features."""
+    if triton_kernels(projection):
+        from acestep_ray.diffusion import fused_objective
+
+        return fused_objective.projection_cosines(projection, source_lengths, target)
+    at_features = interpolate_time(projection.to(torch.float32), source_lengths, target.lengths, places)
+    return F.cosine_similarity(at_features, target.features.to(torch.float32), dim=-1)
 
 
 def interpolate_time(x: Tensor, source_lengths: Tensor, target_lengths: Tensor, places: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Parameter names are the released checkpoint's. There is no convolution module.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -142,12 +143,16 @@ class LyricEncoder(nn.Module):
         self.embed = InputEmbedding(width)
         self.encoders = nn.ModuleList([LyricEncoderLayer(width, config) for _ in range(config.num_blocks)])
         self.after_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.fused: Callable | None = None
+        """The same in fewer passes, from `fused_lyrics.fuse_lyric_encoder`; used for what it takes."""
 
     def forward(self, x: Tensor, mask: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
         """Encode x (B, T, C); `mask` (B, T) is true on valid tokens.
 
         Dropout is on when `dropout_seeds` (B,) int64 is given, whatever the mode of the module.
         """
+        if self.fused is not None and self.fused.takes(x):
+            return self.fused(x, mask, dropout_seeds)
         dropout = Dropout(dropout_seeds)
         batch, length, width = x.shape
         rows = torch.arange(length, device=x.device)

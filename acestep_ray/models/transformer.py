@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -187,9 +187,13 @@ class TransformerBlock(nn.Module):
         self.cross_attn = CrossAttention(dim, config.num_attention_heads, config.attention_head_dim)
         self.ff = GatedConvFeedForward(dim, int(dim * config.mlp_ratio))
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
+        self.fused: Callable | None = None
+        """The same in fewer passes, from `fused.fuse`; used for what `fused.prepare` made."""
 
     def forward(self, x: Tensor, mask: Tensor, time: Tensor, condition: Conditioning, angles) -> Tensor:
         """(B, W, D) → (B, W, D); `time` (B, 6, D) is the timestep's part of the six modulation vectors."""
+        if not isinstance(condition, Conditioning):
+            return self.fused(x, mask, time, condition, angles)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.scale_shift_table + time).chunk(6, dim=1)
         x = x + gate_a * self.attn(modulate(rms_norm(x), shift_a, scale_a), mask, angles)
         x = x + self.cross_attn(x, condition.tokens, condition.mask, angles, condition.angles)
@@ -241,7 +245,8 @@ class FinalLayer(nn.Module):
         """(B, W, D) with time embedding (B, D) → (B, C, H, W)."""
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)
         x = self.linear(modulate(rms_norm(x), shift, scale))
-        return x.unflatten(-1, (self.height, -1)).permute(0, 3, 2, 1)
+        # Not a view: FSDP warns of those.
+        return x.unflatten(-1, (self.height, -1)).permute(0, 3, 2, 1).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -291,6 +296,8 @@ class ACEStepTransformer(nn.Module):
         self.config = config
         self.activation_checkpointing = 0.0
         """Share of the blocks, evenly spread, whose activations are computed again in the backward pass."""
+        self.prepare: Callable | None = None
+        """What `fused.fuse` brings before its blocks."""
         dim = config.inner_dim
         self.proj_in = PatchEmbedding(config)
         self.timestep_embedder = TimestepEmbedder(dim)
@@ -374,6 +381,8 @@ class ACEStepTransformer(nn.Module):
         block_time = self.t_block(time).unflatten(-1, (6, -1))
         angles = self._rotary_angles(torch.arange(width, device=latents.device))
         x = self.proj_in(latents, frame_mask)
+        if self.prepare is not None:
+            x, frame_mask, condition, angles = self.prepare(x, frame_mask, condition, angles)
         taps: dict[int, Tensor] = {}
         for depth, block in enumerate(self.transformer_blocks):
             if self._recomputes(depth) and torch.is_grad_enabled():
@@ -398,7 +407,11 @@ class ACEStepTransformer(nn.Module):
         **condition: Tensor | None,
     ) -> TransformerOutput:
         """`decode` with what `encode_condition` makes of `condition`, in one call, as training needs it."""
-        return self.decode(latents, timesteps, self.encode_condition(**condition), frame_mask, with_ssl)
+        # Past what sharding wraps around these two for calls from outside: inside of each other its hooks would free
+        # parameters that the backward pass reads.
+        kind = type(self)
+        encoded = kind.encode_condition(self, **condition)
+        return kind.decode(self, latents, timesteps, encoded, frame_mask, with_ssl)
 
     def _recomputes(self, depth: int) -> bool:
         share = self.activation_checkpointing

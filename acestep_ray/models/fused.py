@@ -1,0 +1,332 @@
+"""The transformer's blocks in fewer passes over memory, for a GPU: the same numbers as `transformer`, sooner.
+
+`fuse` prepares a model; its blocks then run here wherever they are given 16-bit work. What is between two matrix
+products is one pass, forward and backward; layers that read the same input are one product (`projection`). Streams are
+(B, W, D); frames that are valid come first. `room` is what a projection needs at the end of the rows of its inputs, and
+of the gradients of its outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
+
+from acestep_ray.models import block_kernels as kernels
+from acestep_ray.models.projection import Refresh, Separately, empty_with_room, project_together
+from acestep_ray.models.transformer import (
+    NORM_EPS,
+    ACEStepTransformer,
+    Conditioning,
+    TransformerBlock,
+    TransformerConfig,
+)
+
+# In 16 bits the stream would take a tenth of the time of these passes and more than double the gradients' error.
+STREAM_DTYPE = torch.float32
+
+
+# --- passes ------------------------------------------------------------------------------------------------------
+
+
+class _AddNorm(torch.autograd.Function):
+    """stream + gate · update (without an update the stream itself), and of that the modulated RMSNorm, or a copy."""
+
+    @staticmethod
+    def forward(ctx, stream, update, gate, shift, scale, update_room, room, dtype):
+        """Without `room` nothing is normed or copied."""
+        normed = None if room is None else empty_with_room(stream.shape, room, stream, dtype)
+        added, factors = kernels.add_norm(stream, update, gate, shift, scale, NORM_EPS, normed)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(
+            added if factors is not None else None, factors, gate, scale, update if needs[2] else None
+        )
+        ctx.shape = stream.shape
+        ctx.stream_dtype, ctx.update_dtype = stream.dtype, None if update is None else update.dtype
+        ctx.update_room = update_room
+        ctx.set_materialize_grads(False)
+        return added, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, added_grad, normed_grad):
+        added, factors, gate, scale, update = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if added_grad is None and normed_grad is None:
+            return (None,) * len(needs)
+        if added_grad is not None:
+            added_grad = added_grad.contiguous()
+        is_stream_grad = normed_grad is None and added_grad.dtype == ctx.stream_dtype
+        update_grad = None
+        if ctx.update_dtype is not None:
+            given = added_grad if added_grad is not None else normed_grad
+            update_grad = empty_with_room(ctx.shape, ctx.update_room, given, ctx.update_dtype)
+        stream_grad = kernels.add_norm_backward(
+            added,
+            factors,
+            gate,
+            scale,
+            added_grad,
+            normed_grad,
+            channels=ctx.shape[-1],
+            stream_dtype=ctx.stream_dtype if (needs[0] or needs[2]) and not is_stream_grad else None,
+            update_grad=update_grad,
+        )
+        if is_stream_grad:
+            stream_grad = added_grad
+        gate_grad = shift_grad = scale_grad = None
+        if needs[2]:
+            gate_grad = (stream_grad.float() * update).sum(dim=1, keepdim=True)
+        if needs[3] and normed_grad is not None:
+            of_normed = normed_grad.float()
+            shift_grad = of_normed.sum(dim=1, keepdim=True)
+            normalised = added.float() * factors.view(*added.shape[:-1], 1)
+            scale_grad = (of_normed * normalised).sum(dim=1, keepdim=True)
+        return (
+            stream_grad if needs[0] else None,
+            update_grad,
+            gate_grad,
+            shift_grad,
+            scale_grad,
+            None,
+            None,
+            None,
+        )
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotates the first heads of x (rows, C); rows that are not valid get no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, heads, valid, room):
+        ctx.save_for_backward(cos, sin, valid)
+        ctx.heads, ctx.room = heads, room
+        return kernels.rotary(x, torch.empty_like(x), cos, sin, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin, valid = ctx.saved_tensors
+        out = empty_with_room(grad.shape, ctx.room, grad)
+        grad = kernels.rotary(grad.contiguous(), out, cos, sin, ctx.heads, backward=True, valid=valid)
+        return grad, None, None, None, None, None
+
+
+class _LinearAttention(torch.autograd.Function):
+    """Of the projected queries, keys and values (B, W, 3D), which it rotates in place."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, lengths, heads, qkv_room, room):
+        rows = qkv.flatten(0, 1)
+        kernels.rotary(rows, rows, cos, sin, 2 * heads, relu=True)
+        out = empty_with_room((*qkv.shape[:-1], qkv.shape[-1] // 3), room, qkv)
+        state = kernels.linear_attention(qkv, lengths, heads, out)
+        ctx.save_for_backward(qkv, cos, sin, lengths, state)
+        ctx.heads, ctx.room = heads, qkv_room
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, out_grad):
+        qkv, cos, sin, lengths, state = ctx.saved_tensors
+        grad = empty_with_room(qkv.shape, ctx.room, qkv)
+        kernels.linear_attention_backward(qkv, lengths, ctx.heads, state, out_grad, grad)
+        rows = grad.flatten(0, 1)
+        kernels.rotary(rows, rows, cos, sin, 2 * ctx.heads, backward=True)
+        return grad, None, None, None, None, None, None
+
+
+class _GatedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lengths):
+        ctx.save_for_backward(x, weight, bias, lengths)
+        return kernels.gated_conv(x, weight, bias, lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, out_grad):
+        x, weight, bias, lengths = ctx.saved_tensors
+        trains = ctx.needs_input_grad[1]
+        x_grad, taps_grad = kernels.gated_conv_backward(
+            x, weight, bias, lengths, out_grad.contiguous(), trains=trains
+        )
+        if not trains:
+            return x_grad, None, None, None
+        return x_grad, taps_grad[:3].to(weight.dtype), taps_grad[3].to(bias.dtype), None
+
+
+# --- blocks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PackedConditioning:
+    """The valid tokens of all songs' conditioning, one song after another; what is left of the rows is not read."""
+
+    tokens: Tensor
+    """(B · N, D)."""
+    valid: Tensor
+    """(B · N,) bool: the first rows."""
+    ends: Tensor
+    """(B + 1,) int32: where each song begins and ends among the rows."""
+    longest: int
+    """N."""
+    cos: Tensor
+    """(B · N, head_dim) float32."""
+    sin: Tensor
+    """(B · N, head_dim) float32."""
+
+    @classmethod
+    def pack(cls, condition: Conditioning) -> PackedConditioning:
+        """Without waiting for the device to count the tokens."""
+        batch, longest = condition.mask.shape
+        mask = condition.mask.flatten()
+        order = torch.argsort(~mask, stable=True)
+        counts = condition.mask.sum(dim=1, dtype=torch.int32)
+        ends = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        cos, sin = (
+            angles.expand(batch, 1, longest, -1).reshape(batch * longest, -1)[order]
+            for angles in condition.angles
+        )
+        return cls(condition.tokens.flatten(0, 1)[order], mask[order], ends, longest, cos, sin)
+
+
+class FusedBlock:
+    """A `TransformerBlock` in few passes."""
+
+    def __init__(self, block: TransformerBlock, dtype: torch.dtype, *, join_frozen: bool, float8: bool):
+        self.block = block
+        self.dtype = dtype
+        attention, cross, ff = block.attn, block.cross_attn, block.ff
+        self.heads = attention.heads
+
+        def together(*layers):
+            if not join_frozen:
+                return Separately(layers)
+            return project_together(layers, dtype, float8=float8)
+
+        self.qkv = together(attention.to_q, attention.to_k, attention.to_v)
+        self.out = together(attention.to_out[0])
+        self.query = together(cross.to_q)
+        self.keys_values = together(cross.to_k, cross.to_v)
+        self.cross_out = together(cross.to_out[0])
+        self.expand = together(ff.inverted_conv.conv)
+        self.contract = together(ff.point_conv.conv)
+        self.projections = (
+            self.qkv, self.out, self.query, self.keys_values, self.cross_out, self.expand, self.contract,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        time: Tensor,
+        condition: PackedConditioning,
+        angles: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """As `TransformerBlock.forward`, with the songs' `lengths` (B,) int32 for a mask."""
+        modulation = self.block.scale_shift_table + time
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=1)
+        x, normed = _AddNorm.apply(x, None, None, shift_a, scale_a, 0, self.qkv.rank, self.dtype)
+        attended = _LinearAttention.apply(
+            self.qkv(normed), *angles, lengths, self.heads, self.qkv.rank, self.out.rank
+        )
+        update = self.out(attended)
+        x, copied = _AddNorm.apply(x, update, gate_a, None, None, self.out.rank, self.query.rank, self.dtype)
+        update = self.cross_out(self._attend(copied, condition, angles))
+        x, normed = _AddNorm.apply(
+            x, update, None, shift_f, scale_f, self.cross_out.rank, self.expand.rank, self.dtype
+        )
+        conv = self.block.ff.depth_conv.conv
+        taps = conv.weight.squeeze(1).t().contiguous()
+        hidden = _GatedConv.apply(self.expand(normed), taps, conv.bias, lengths)
+        update = self.contract(hidden)
+        x, _ = _AddNorm.apply(x, update, gate_f, None, None, self.contract.rank, None, self.dtype)
+        return x
+
+    def _attend(self, x: Tensor, condition: PackedConditioning, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-attention of x (B, W, D) before its last layer."""
+        batch, width, _ = x.shape
+        query = _Rotary.apply(self.query(x).flatten(0, 1), *angles, self.heads, None, self.query.rank)
+        # A row that belongs to no song gets no gradient, whatever the attention's backward pass leaves there.
+        keys_values = _Rotary.apply(
+            self.keys_values(condition.tokens),
+            condition.cos,
+            condition.sin,
+            self.heads,
+            condition.valid,
+            self.keys_values.rank,
+        )
+        key, value = keys_values.chunk(2, dim=-1)
+        attended = attention_by_song(
+            *(rows.unflatten(-1, (self.heads, -1)) for rows in (query, key, value)),
+            query_ends=torch.arange(0, batch * width + 1, width, dtype=torch.int32, device=x.device),
+            key_ends=condition.ends,
+            longest_query=width,
+            longest_key=condition.longest,
+        )
+        return attended.flatten(1).view(batch, width, -1)
+
+
+def attention_by_song(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    longest_query: int,
+    longest_key: int,
+) -> Tensor:
+    """Softmax attention of rows (N, heads, head_dim) within songs, whose rows lie one song after another."""
+    if query.is_cuda:
+        return varlen_attn(query, key, value, query_ends, key_ends, longest_query, longest_key)
+    songs = []
+    for (q0, q1), (k0, k1) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        songs.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+    return torch.cat(songs)
+
+
+def can_fuse(config: TransformerConfig) -> bool:
+    """Whether the kernels take heads of this size, which the released model's 128 channels are."""
+    size = config.attention_head_dim
+    return 16 <= size <= 128 and size & (size - 1) == 0
+
+
+def fuse(
+    transformer: ACEStepTransformer,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    join_frozen: bool = True,
+    float8: bool = False,
+) -> None:
+    """Let the blocks run here when they are given work in `dtype`.
+
+    With `join_frozen` the frozen weights of the blocks' layers move to that dtype and into joint tensors; without it
+    every layer stays as it is, as sharding and offloading need it. With `float8` the products with frozen weights are
+    computed in float8, which changes the numbers.
+    """
+    blocks = transformer.transformer_blocks
+    for block in blocks:
+        block.fused = FusedBlock(block, dtype, join_frozen=join_frozen, float8=float8)
+    refresh = Refresh(projection for block in blocks for projection in block.fused.projections)
+
+    def prepare(x, frame_mask, condition, angles):
+        if _dtype_of(x) != dtype:
+            return x, frame_mask, condition, angles
+        refresh()
+        lengths = frame_mask.sum(dim=1, dtype=torch.int32)
+        return x.to(STREAM_DTYPE), lengths, PackedConditioning.pack(condition), angles
+
+    transformer.prepare = prepare
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """What products are computed in where x is."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
