@@ -30,7 +30,7 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not faults"
 
-# Minutes of ending a training run's processes and nodes, and waiting for Ray to notice.
+# Minutes each: ending a run's processes and nodes, and waiting for Ray to notice; searches of several processes a trial.
 test-faults: venv
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist load -m faults
 

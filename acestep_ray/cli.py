@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import re
 import sys
@@ -101,6 +102,10 @@ INFO_HELP = "Show what a LoRA file holds: rank, alpha, targets, size, metadata, 
 CHECKPOINT_HELP = "Write a tiny checkpoint with random weights, or download the released one (8.3 GB)."
 
 
+# Where torchao is installed, these warn of it whatever is imported.
+_TALKATIVE = ("torch.utils._pytree", "diffusers.quantizers.torchao")
+
+
 def entry_point() -> None:
     """`acestep-ray …`: run and exit."""
     sys.exit(main(sys.argv[1:]))
@@ -108,6 +113,8 @@ def entry_point() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0 done, 1 a fault, 2 a mistake in the input, 130 interrupted."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     parser = build_parser()
     arguments = with_export_action([with_underscores(argument) for argument in arguments])
     arguments = with_switches_on(arguments)

@@ -223,8 +223,8 @@ class GenerateConfig:
     """Speaker embedding (.pt, .npy or .safetensors with 512 floats)."""
     overlapped_decode: bool = False
     """Decode in overlapping windows: bounded memory for long songs."""
-    precision: str = "32"
-    """Precision of the transformer: 32 or bf16."""
+    precision: str = "auto"
+    """Precision of the transformer: 32, or bf16, which is several times as fast on a GPU (auto there)."""
     device: str = "auto"
     """Device to run on: auto, cpu or cuda."""
 

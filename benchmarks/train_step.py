@@ -14,6 +14,7 @@ reference is the original trainer's step for one song on one H100 80 GB, which r
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import sys
@@ -235,7 +236,8 @@ def losses_by_path(config: TransformerConfig, paths: Sequence[str], device: torc
 
 
 def free(device: torch.device) -> None:
-    """Give memory back before the next model."""
+    """Give memory back before the next model; a fused one refers to itself."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -20,8 +20,10 @@ from acestep_ray.export.lora import find_lora_file, merge_lora
 from acestep_ray.generation.render import SUBTYPES, render, write_audio, write_mel_picture
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
+from acestep_ray.models.fusing import fuse_where_possible
 
 MAX_DURATION = 240.0
+AUTO = "auto"
 PRECISIONS = {"32": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -55,7 +57,10 @@ def generate(config: GenerateConfig) -> GenerateSummary:
     transformer = checkpoint.load_transformer(device=device, directory=config.transformer_path)
     if config.lora_path is not None:
         merge_lora(transformer, config.lora_path, config.lora_weight)
-    precision = PRECISIONS[config.precision]
+    precision = PRECISIONS.get(config.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    transformer.requires_grad_(False)
+    if precision is torch.bfloat16:
+        fuse_where_possible(transformer, device)
     frames = latent_frames(int(config.duration * SAMPLE_RATE))
     with torch.autocast(device.type, precision, enabled=precision is torch.bfloat16):
         waveform = render(
@@ -95,8 +100,8 @@ def check_generate_config(config: GenerateConfig) -> None:
         )
     if config.infer_steps < 1:
         raise InputError("at least one step is needed", where=f"--infer_steps {config.infer_steps}")
-    if config.precision not in PRECISIONS:
-        raise InputError("unknown precision", where=f"--precision {config.precision}", fix="32 or bf16")
+    if config.precision not in (AUTO, *PRECISIONS):
+        raise InputError("unknown precision", where=f"--precision {config.precision}", fix="auto, 32 or bf16")
     if config.lora_path is not None:
         find_lora_file(config.lora_path)
 

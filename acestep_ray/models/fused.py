@@ -24,7 +24,6 @@ from acestep_ray.models.transformer import (
     ACEStepTransformer,
     Conditioning,
     TransformerBlock,
-    TransformerConfig,
 )
 
 # In 16 bits the stream would take a tenth of the time of these passes and more than double the gradients' error.
@@ -290,12 +289,6 @@ def attention_by_song(
         q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
         songs.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
     return torch.cat(songs)
-
-
-def can_fuse(config: TransformerConfig) -> bool:
-    """Whether the kernels take heads of this size, which the released model's 128 channels are."""
-    size = config.attention_head_dim
-    return 16 <= size <= 128 and size & (size - 1) == 0
 
 
 def fuse(

@@ -32,6 +32,7 @@ _SETTINGS = (
     "batch_frames",
     "precision",
     "quantize_base",
+    "float8",
     "shift",
     "ssl_coeff",
     "train_parameters",

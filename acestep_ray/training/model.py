@@ -23,7 +23,7 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import ADAPTER_NAME, find_lora_file
 from acestep_ray.models.checkpoint import CheckpointDir
-from acestep_ray.models.kernels import triton_kernels
+from acestep_ray.models.fusing import fuse_where_possible
 from acestep_ray.models.quantised import FORMS, quantise_linear_layers
 from acestep_ray.models.transformer import ACEStepTransformer, DepthwiseConv
 from acestep_ray.training.lora import adapter_configs, add_lora, load_lora
@@ -149,28 +149,27 @@ def check_fused(config: TrainConfig) -> None:
 
 
 def fuse_passes(
-    transformer: ACEStepTransformer, config: TrainConfig, device: torch.device, *, is_lora: bool
+    transformer: ACEStepTransformer,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    is_lora: bool,
+    shares_base: bool = False,
 ) -> None:
-    """Take the fused path where settings and device allow it; in place. The frozen weights become bfloat16.
+    """Take the fused path where settings and device allow it; in place.
 
-    Raises InputError for float8 on a device that has none.
+    The frozen weights below a LoRA then move to bfloat16, unless the model `shares_base` with others. Raises InputError
+    for float8 on a device that has none.
     """
-    can_float8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    if config.float8 and not can_float8:
+    if config.float8 and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise InputError("this device multiplies no float8 numbers", where="--float8 true")
-    in_bfloat16 = AUTOCAST_DTYPES.get(config.precision) is torch.bfloat16
-    if not (config.fused and in_bfloat16) or triton_kernels(torch.empty(0, device=device)) is None:
+    if not config.fused or AUTOCAST_DTYPES.get(config.precision) is not torch.bfloat16:
         return
-    from acestep_ray.models.fused import can_fuse, fuse
-    from acestep_ray.models.fused_lyrics import fuse_lyric_encoder
-
-    if not can_fuse(transformer.config):
-        return
-    if is_lora and config.quantize_base == UNQUANTISED:
-        _store_frozen_as(transformer, torch.bfloat16)
     # Without a LoRA, sharding and offloading want every parameter as it is.
-    fuse(transformer, join_frozen=is_lora, float8=config.float8)
-    fuse_lyric_encoder(transformer.lyric_encoder)
+    joins = is_lora and not shares_base
+    is_fused = fuse_where_possible(transformer, device, join_frozen=joins, float8=config.float8)
+    if is_fused and joins and config.quantize_base == UNQUANTISED:
+        _store_frozen_as(transformer, torch.bfloat16)
 
 
 def share_among_workers(

@@ -137,7 +137,7 @@ def copies_error() -> float:
 def main() -> None:
     torch.set_num_threads(1)
     block_kernels._CHUNK, block_kernels._ROWS, block_kernels._BACKWARD_RUN = 16, 16, 8
-    errors = {name: fused_error(lora, (3, 1)) for name, lora in LORAS.items()}
+    errors = {name: fused_error(lora, (2, 1)) for name, lora in LORAS.items()}
     errors["all weights"] = fused_error(None, FRAMES)
     errors["long songs"] = fused_error(LORAS["LoRA"], FRAMES)
     errors["recomputed"] = fused_error(LORAS["LoRA"], (3,), checkpointing=0.5)

@@ -32,6 +32,7 @@ OF_NO_MATTER = {
     "devices", "num_nodes", "accumulate_grad_batches",  # their product matters
     "min_devices", "max_failures", "cpu_offload", "val_check_interval", "early_stopping_patience",
     "ckpt_path", "init_lora_path",
+    "fused",  # the same numbers as far as bfloat16 goes
 }  # fmt: skip
 
 

@@ -1,0 +1,243 @@
+"""A search under way: its trials on Ray Tune, and the files that it leaves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from acestep_ray.config import TrainConfig, TuneConfig
+from acestep_ray.errors import InputError
+from acestep_ray.ray_runtime import Console
+from acestep_ray.training.launch import fit_interruptibly
+from acestep_ray.tuning.records import Records, TrialRecord
+from acestep_ray.tuning.report import (
+    BEST,
+    REPORT,
+    TABLE_FILE,
+    trial_rows,
+    write_best,
+    write_report,
+    write_table,
+)
+from acestep_ray.tuning.resources import Reserved
+from acestep_ray.tuning.runs import SearchRuns
+from acestep_ray.tuning.search import OptunaTPE, Recorder, StopWhenAsked, TrialSearch, build_scheduler, teach
+from acestep_ray.tuning.space import Space, apply_params, default_params
+from acestep_ray.tuning.trainable import TrialActor
+from acestep_ray.tuning.trial import TrialPlan
+
+VALIDATIONS = 8
+"""Of a trial, where the settings do not say."""
+BEST_CHECKPOINTS = 3
+"""How many of the best trials have their checkpoint in MLflow."""
+# Ray Tune's own book, of no use after a sitting.
+_RAY_FOLDER = "ray"
+
+
+@dataclass
+class Search:
+    """A search under way."""
+
+    config: TuneConfig
+    base: TrainConfig
+    """Settings of its trials' runs."""
+    lora: dict[str, Any]
+    space: Space
+    folder: Path
+    records: Records
+    total_steps: int
+
+    @classmethod
+    def prepare(
+        cls,
+        config: TuneConfig,
+        base: TrainConfig,
+        lora: dict[str, Any],
+        space: Space,
+        folder: Path,
+        total_steps: int,
+    ) -> Search:
+        """With the trials that there are already. Raises InputError for a grace that is longer than a trial."""
+        pace = base.val_check_interval or max(1, total_steps // VALIDATIONS)
+        grace = config.grace_steps or pace
+        if grace > total_steps:
+            raise InputError(
+                f"a trial has {total_steps} steps, and would never be stopped",
+                where=f"--grace_steps {grace}",
+                fix="give less, or --scheduler none",
+            )
+        paced = replace(
+            base,
+            val_check_interval=pace,
+            every_n_train_steps=pace,
+            keep_last=1,
+            exp_name=f"{base.exp_name}_best",  # of the run that repeats a trial
+        )
+        return cls(config, paced, lora, space, folder, Records(folder), total_steps)
+
+    @property
+    def grace_steps(self) -> int:
+        """Steps before which no trial is stopped."""
+        return self.config.grace_steps or self.base.val_check_interval
+
+    def render(self, plan: TrialPlan, reserved: Reserved, songs: int) -> str:
+        """What is about to be done, as text."""
+        config = self.config
+        over = sum(record.is_over for record in self.records)
+        shared = f", on {len(reserved.hosts)} shared base models" if reserved.hosts else ""
+        scheduler = {
+            "asha": f"ASHA from step {self.grace_steps}, reduction factor {config.reduction_factor:g}",
+            "median": f"the median stopping rule from step {self.grace_steps}",
+            "none": "no early stopping",
+        }[config.scheduler]
+        return "\n".join(
+            [
+                "search space",
+                self.space.render(),
+                f"{config.trials} trials of {self.total_steps} steps"
+                + (f", {over} of them done already" if over else "")
+                + f", {min(reserved.at_once, config.trials)} at a time{shared}; {config.searcher} search, {scheduler}",
+                f"compared by the loss of {len(plan.held_out)} of {songs} songs, which are held out, "
+                f"every {self.base.val_check_interval} steps",
+            ]
+        )
+
+    def run(self, plan: TrialPlan, reserved: Reserved, runs: SearchRuns) -> bool:
+        """Run the trials that are left; returns whether the user ended it."""
+        left = sum(not r.is_over for r in self.records) + max(0, self.config.trials - len(self.records))
+        if left == 0:
+            return False
+        optuna = None
+        if self.config.searcher == "optuna":
+            optuna = OptunaTPE(self.space, self.records, self.config.seed)
+        scheduler = build_scheduler(
+            self.config.scheduler,
+            total_steps=self.total_steps,
+            grace_steps=self.grace_steps,
+            reduction_factor=self.config.reduction_factor,
+        )
+        teach(scheduler, self.records)
+        searcher = TrialSearch(
+            self.space,
+            self.records,
+            trials=self.config.trials,
+            at_once=reserved.at_once,
+            first=self.space.nearest(default_params(self.base, self.lora)),
+            seed=self.config.seed,
+            start=runs.start_trial,
+            optuna=optuna,
+        )
+        quieten_tune()
+        shutil.rmtree(self.folder / _RAY_FOLDER, ignore_errors=True)
+        console, stopper = Console(), StopWhenAsked()
+        plan = replace(plan, say=console.say)
+        hosts = start_hosts(plan, reserved)
+        actor = ray_tune.with_parameters(
+            TrialActor,
+            plan=[ray.put(plan)],
+            stop=plan.stop,
+            total_steps=plan.total_steps,
+            hosts=hosts,
+            workers=self.config.workers_per_trial,
+        )
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(actor, reserved.per_trial),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=left,
+                reuse_actors=True,  # a trial's process has loaded its libraries for the next one
+            ),
+            run_config=ray_tune.RunConfig(
+                storage_path=str(self.folder),
+                name=_RAY_FOLDER,
+                stop=stopper,
+                callbacks=[Recorder(self.records, partial(self._ended, runs))],
+                failure_config=ray_tune.FailureConfig(max_failures=self.config.max_failures),
+                # A trial's run writes its own.
+                checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        )
+
+        def stop() -> None:
+            plan.stop.request()
+            stopper.is_asked = True
+
+        try:
+            with console:
+                _, interrupted = fit_interruptibly(tuner.fit, stop)
+        finally:
+            for host in hosts:
+                ray.kill(host)
+        shutil.rmtree(self.folder / _RAY_FOLDER, ignore_errors=True)
+        return interrupted
+
+    def _ended(self, runs: SearchRuns, record: TrialRecord) -> None:
+        runs.end_trial(record)
+        loss = "" if record.best is None else f", lowest validation loss {record.best['validation']:.4f}"
+        error = f": {record.error}" if record.error else ""
+        print(f"{record.name} {record.state} at step {record.steps}{loss}{error}", flush=True)
+
+    def write_results(self, runs: SearchRuns, interrupted: bool) -> Path | None:
+        """Write the table, the report and the winner, and give them to MLflow; returns the winner's folder."""
+        for record in self.records:
+            if not record.is_over:
+                runs.interrupt_trial(record)
+        rows = trial_rows(self.records)
+        if not rows:
+            runs.finish("KILLED", None, self.folder / REPORT)
+            return None
+        write_table(rows, self.folder / TABLE_FILE)
+        write_report(self.folder / REPORT, rows, self.records, self.space.render())
+        ranked = self.records.ranked()
+        best = ranked[0] if ranked else None
+        if best is not None:
+            write_best(
+                self.folder / BEST, best, self.records, *apply_params(best.params, self.base, self.lora)
+            )
+        for record in ranked[:BEST_CHECKPOINTS]:
+            checkpoint = self.records.best_checkpoint(record)
+            if checkpoint is not None and not interrupted:
+                runs.add_checkpoint(record, checkpoint)
+        runs.finish("KILLED" if interrupted else "FINISHED", best, self.folder / REPORT)
+        return None if best is None else self.folder / BEST
+
+
+def start_hosts(plan: TrialPlan, reserved: Reserved) -> list[ActorHandle]:
+    """The actors that hold a shared base model each."""
+    if not reserved.hosts:
+        return []
+    from acestep_ray.tuning.shared_base import SharedBaseHost
+
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    hosts = []
+    for host in reserved.hosts:
+        actor = ray.remote(SharedBaseHost).options(
+            num_cpus=host.cpus,
+            num_gpus=host.gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(nodes[host.node], soft=False),
+            # Each trial may wait in one call while others begin and leave.
+            max_concurrency=2 * host.seats + 2,
+            max_restarts=plan.config.max_failures,
+        )
+        hosts.append(actor.remote(host.seats))
+    return hosts
+
+
+def quieten_tune() -> None:
+    """Let Tune write no tables, logs and working directories of its own: what becomes of a trial is told by us."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer one is never quiet
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

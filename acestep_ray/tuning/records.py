@@ -1,0 +1,206 @@
+"""What is known of every trial, as a file in its folder: a search goes on from these."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.storage import Store
+from acestep_ray.training.state import Checkpoints, DamagedCheckpointError, best_step
+from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
+from acestep_ray.tuning.loop import Measured
+from acestep_ray.tuning.space import Params
+from acestep_ray.tuning.trial import TRIALS, trial_folder
+
+RECORD_FILE = "trial.json"
+SEARCH_FILE = "search.json"
+
+UNFINISHED, DONE, STOPPED, FAILED = "unfinished", "done", "stopped", "failed"
+"""States of a trial; one that is running is unfinished, and one that the scheduler ended is stopped."""
+
+
+@dataclass
+class TrialRecord:
+    """A trial of a search."""
+
+    name: str
+    params: Params
+    state: str = UNFINISHED
+    validations: list[Measured] = field(default_factory=list)
+    """By step, as they were reported."""
+    failures: int = 0
+    """Times that it was started again."""
+    error: str | None = None
+    """Of a failed trial."""
+    mlflow_run: str | None = None
+    seconds: float = 0.0
+    """That it was at work, from its start to its last report, in all sittings."""
+
+    @property
+    def best(self) -> Measured | None:
+        """The validation with the lowest loss; None where there is none yet."""
+        finite = (one for one in self.validations if math.isfinite(one["validation"]))
+        return min(finite, key=lambda one: (one["validation"], one["step"]), default=None)
+
+    @property
+    def steps(self) -> int:
+        """Steps at its last validation."""
+        return self.validations[-1]["step"] if self.validations else 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return self.state != UNFINISHED
+
+
+class Records:
+    """All trials of a search, in the order in which they were begun."""
+
+    def __init__(self, folder: Path):
+        """Read those of the search in `folder`. Raises InputError for a record that does not read."""
+        self.folder = folder
+        self._trials: dict[str, TrialRecord] = {}
+        self._started: dict[str, float] = {}
+        for path in sorted((folder / TRIALS).glob(f"*/{RECORD_FILE}")):
+            try:
+                record = TrialRecord(**json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise InputError(
+                    f"this trial's record does not read ({error})",
+                    where=str(path),
+                    fix="delete the trial's folder, or use another --exp_name",
+                ) from None
+            self._trials[record.name] = record
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def __iter__(self) -> Iterator[TrialRecord]:
+        return iter(self._trials.values())
+
+    def __getitem__(self, name: str) -> TrialRecord:
+        return self._trials[name]
+
+    def add(self, params: Params) -> TrialRecord:
+        """A new trial with these parameters."""
+        record = TrialRecord(f"trial-{len(self._trials):04d}", params)
+        self._trials[record.name] = record
+        self.write(record)
+        return record
+
+    def write(self, record: TrialRecord) -> None:
+        """Write a record down, whole or not at all."""
+        folder = trial_folder(self.folder, record.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{RECORD_FILE}.partial"
+        partial.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+        partial.replace(folder / RECORD_FILE)
+
+    def begin(self, name: str) -> None:
+        """Note that a trial is at work from now on."""
+        self._started[name] = time.monotonic()
+
+    def note(self, name: str, measured: Mapping[str, Any]) -> None:
+        """Note a validation; one of a step that is known already replaces it and what came after."""
+        record = self._trials[name]
+        kept = [one for one in record.validations if one["step"] < measured["step"]]
+        record.validations = [*kept, {key: measured[key] for key in ("step", "validation", "train")}]
+        self._count_seconds(record)
+        self.write(record)
+
+    def end(self, name: str, state: str, error: str | None = None) -> None:
+        """Note that a trial is over."""
+        record = self._trials[name]
+        record.state, record.error = state, error
+        self._started.pop(name, None)
+        self._add_unreported(record)
+        self.write(record)
+
+    def fail(self, name: str) -> None:
+        """Note that a trial has to be started again."""
+        record = self._trials[name]
+        record.failures += 1
+        self._count_seconds(record)
+        self.write(record)
+
+    def ranked(self) -> list[TrialRecord]:
+        """Trials that have a validation and did not fail, the lowest loss first."""
+        able = [one for one in self if one.best is not None and one.state != FAILED]
+        return sorted(able, key=lambda one: (one.best["validation"], one.name))
+
+    def checkpoints(self, record: TrialRecord) -> Checkpoints:
+        """A trial's checkpoints."""
+        return Checkpoints(Store.at(trial_folder(self.folder, record.name) / "checkpoints"))
+
+    def best_checkpoint(self, record: TrialRecord) -> Store | None:
+        """The folder of a trial's checkpoint with the lowest validation loss; None where none is whole."""
+        checkpoints = self.checkpoints(record)
+        losses = self.losses(record)
+        step = best_step(losses, checkpoints.steps()) if losses is not None else None
+        return None if step is None else checkpoints.folder(step)
+
+    def losses(self, record: TrialRecord) -> dict[str, Any] | None:
+        """What a trial's last checkpoint says of its losses; None without one."""
+        try:
+            state = self.checkpoints(record).latest_state()
+        except (AceStepError, DamagedCheckpointError):
+            return None
+        return None if state is None else state["losses"]
+
+    def gap(self, record: TrialRecord) -> float | None:
+        """How much more the loss has fallen on songs that are trained on than on those held out, at the best step.
+
+        What a trial has learned by heart, and nothing else, makes it large. None where it is not known.
+        """
+        losses = self.losses(record)
+        if losses is None or record.best is None or "0" not in losses.get(VALIDATION, {}):
+            return None
+        before = losses[VALIDATION]["0"] - losses[FIXED_NOISE]["0"]
+        return record.best["validation"] - record.best["train"] - before
+
+    def _add_unreported(self, record: TrialRecord) -> None:
+        """Add validations that a process measured and saved, and was lost before it could report them."""
+        losses = self.losses(record) or {VALIDATION: {}}
+        known = {one["step"] for one in record.validations}
+        for step, validation in losses[VALIDATION].items():
+            if int(step) not in known | {0}:
+                train = losses[FIXED_NOISE][step]
+                record.validations.append({"step": int(step), "validation": validation, "train": train})
+        record.validations.sort(key=lambda one: one["step"])
+
+    def _count_seconds(self, record: TrialRecord) -> None:
+        now = time.monotonic()
+        record.seconds += now - self._started.get(record.name, now)
+        self._started[record.name] = now
+
+
+def check_same_search(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Raise InputError with the differences where the search in this folder was begun with another space or settings.
+
+    Else note what it is begun with.
+    """
+    noted = folder / SEARCH_FILE
+    identity = json.loads(json.dumps(identity))
+    if noted.exists():
+        before = json.loads(noted.read_text(encoding="utf-8"))
+        changed = [
+            f"\n  - {name}: {before.get(name)} → {identity.get(name)}"
+            for name in dict.fromkeys([*before, *identity])
+            if before.get(name) != identity.get(name)
+        ]
+        if changed:
+            raise InputError(
+                "this search was begun with another space or other settings",
+                where=f"{folder}{''.join(changed)}",
+                fix="use another --exp_name, or set them back",
+            )
+        return
+    partial = folder / f".{SEARCH_FILE}.partial"
+    partial.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(noted)

@@ -1,0 +1,175 @@
+"""What a search found, for people and for other programs."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from acestep_ray.config import TrainConfig
+from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.training.job import TrainSummary
+from acestep_ray.tuning.pictures import (
+    PARALLEL,
+    RANK_BY_RATE,
+    draw_parallel_coordinates,
+    draw_rank_by_learning_rate,
+)
+from acestep_ray.tuning.records import FAILED, Records, TrialRecord
+
+TABLE_FILE = "trials.parquet"
+REPORT = "report"
+PAGE_FILE = "index.html"
+BEST = "best"
+_ROWS_SHOWN = 20
+
+
+@dataclass
+class TuneSummary:
+    """What a search made."""
+
+    trials: list[dict[str, Any]]
+    """As in `trials.parquet`, the best first."""
+    space: list[str]
+    """The dimensions that were searched."""
+    best: Path | None
+    """Folder of the winner; None where no trial came to a validation."""
+    folder: Path
+    tracking_uri: str | None
+    wall_seconds: float
+    retrained: TrainSummary | None
+
+    def render(self) -> str:
+        """The summary as text."""
+        columns = ["trial", *self.space, "steps", "validation", "gap", "state"]
+        rows = [[_cell(trial[column]) for column in columns] for trial in self.trials[:_ROWS_SHOWN]]
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [columns, *rows]
+        ]
+        if len(self.trials) > _ROWS_SHOWN:
+            lines.append(f"and {len(self.trials) - _ROWS_SHOWN} more in {self.folder / TABLE_FILE}")
+        failed = [trial for trial in self.trials if trial["state"] == FAILED]
+        lines += [f"failed    {trial['trial']}: {trial['error']}" for trial in failed]
+        lines.append(f"trials    {len(self.trials)} in {self.wall_seconds:.0f} s")
+        if self.best is not None:
+            lines.append(f"best      {self.best / LORA_FILE}")
+            lines.append(f"again     acestep-ray train --config {self.best / 'train.yaml'}")
+        lines.append(f"report    {self.folder / REPORT / PAGE_FILE}")
+        if self.tracking_uri is not None:
+            lines.append(f"MLflow    mlflow ui --backend-store-uri {self.tracking_uri}")
+        if self.retrained is not None:
+            lines += ["", "the winner, trained anew:", self.retrained.render()]
+        return "\n".join(lines)
+
+
+def trial_rows(records: Records) -> list[dict[str, Any]]:
+    """A row for every trial, the best first, failed and unfinished ones without a validation last."""
+    ranked = records.ranked()
+    names = {record.name for record in ranked}
+    return [_row(records, record) for record in [*ranked, *(r for r in records if r.name not in names)]]
+
+
+def _row(records: Records, record: TrialRecord) -> dict[str, Any]:
+    best = record.best or {"step": None, "validation": None, "train": None}
+    checkpoint = records.best_checkpoint(record)
+    return {
+        "trial": record.name,
+        "state": record.state,
+        **record.params,
+        "steps": record.steps,
+        "best_step": best["step"],
+        "validation": best["validation"],
+        "train": best["train"],
+        "gap": records.gap(record),
+        "failures": record.failures,
+        "seconds": round(record.seconds, 1),
+        "error": record.error,
+        "mlflow_run": record.mlflow_run,
+        "checkpoint": None if checkpoint is None else checkpoint.url,
+        "validations": [
+            {"step": one["step"], "validation": one["validation"], "train": one["train"]}
+            for one in record.validations
+        ],
+    }
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write `trials.parquet`; `alpha`, a rule or a number, is text."""
+    texts = [{**row, **({"alpha": str(row["alpha"])} if "alpha" in row else {})} for row in rows]
+    pq.write_table(pa.Table.from_pylist(texts), path)
+
+
+def write_best(
+    folder: Path, record: TrialRecord, records: Records, config: TrainConfig, lora: Mapping[str, Any]
+) -> None:
+    """Write the winner: its LoRA configuration, its LoRA at the best step, and the settings that train it again.
+
+    `config` and `lora` are what a trial's run had, but for its names and the paces of a search.
+    """
+    folder.mkdir(exist_ok=True)
+    checkpoint = records.best_checkpoint(record)
+    if checkpoint is not None:
+        (folder / LORA_FILE).write_bytes(checkpoint.read_bytes(LORA_FILE))
+    (folder / "lora_config.json").write_text(json.dumps(lora, indent=4) + "\n", encoding="utf-8")
+    config = replace(config, lora_config_path=str(folder / "lora_config.json"))
+    (folder / "train.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], records: Records, space: str) -> None:
+    """Write the pictures and a page that holds them and the table, and needs no other file."""
+    folder.mkdir(exist_ok=True)
+    ranked = records.ranked()
+    pictures = []
+    if ranked:
+        draw_parallel_coordinates(ranked, folder / PARALLEL)
+        pictures.append(folder / PARALLEL)
+        if draw_rank_by_learning_rate(ranked, folder / RANK_BY_RATE):
+            pictures.append(folder / RANK_BY_RATE)
+    (folder / PAGE_FILE).write_text(_page(records.folder.name, rows, pictures, space), encoding="utf-8")
+
+
+def _page(name: str, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Path], space: str) -> str:
+    left_out = {"validations", "mlflow_run", "checkpoint"}
+    columns = [column for column in rows[0] if column not in left_out] if rows else []
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row[column]))}</td>" for column in columns) + "</tr>"
+        for row in rows
+    )
+    images = "\n".join(
+        f'<p><img alt="{path.stem}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}"></p>'
+        for path in pictures
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title><style>
+body {{ font-family: sans-serif; margin: 2em; }} img {{ max-width: 100%; }}
+table {{ border-collapse: collapse; font-size: 0.85em; }}
+td, th {{ border: 1px solid #ccc; padding: 0.25em 0.6em; text-align: left; }}
+tbody tr:first-child {{ background: #e8f5e9; }}
+</style></head><body>
+<h1>{html.escape(name)}</h1>
+<p>Trials by their lowest validation loss: over fixed noise, of songs that are not trained on. <b>train</b> is that of
+songs that are; <b>gap</b> is how much more the loss has fallen on these than on those: what was learned by heart.</p>
+<pre>{html.escape(space)}</pre>
+{images}
+<table><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></body></html>
+"""
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,109 @@
+"""A search in MLflow: one parent run, and below it a run for each trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from acestep_ray.errors import InputError
+from acestep_ray.storage import Store
+from acestep_ray.tracking import MLflowRun, end_mlflow_run, environment_tags, start_mlflow_run
+from acestep_ray.tracking.mlflow_run import reason_of, short_requests, without_password
+from acestep_ray.tuning.records import DONE, STOPPED, Records, TrialRecord
+
+EXPERIMENT = "acestep-ray"
+PARENT_FILE = "mlflow.json"
+_UPLOAD_REQUEST_SECONDS = 60
+_STATUS = {DONE: "FINISHED", STOPPED: "FINISHED"}
+
+
+class SearchRuns:
+    """The runs of a search; none without an address. A server that does not answer is told and stops nothing."""
+
+    def __init__(self, uri: str | None, records: Records, search: str):
+        self.uri, self.records, self.search = uri, records, search
+        self.parent: MLflowRun | None = None
+
+    def begin(self, params: Mapping[str, Any], known: str | None) -> str | None:
+        """Make the parent run, or go on with the `known` one; returns its id. Raises InputError where none is taken."""
+        if self.uri is None:
+            return None
+        tags = environment_tags()
+        self.parent = start_mlflow_run(self.uri, EXPERIMENT, self.search, dict(params), known, tags=tags)
+        return self.parent.run_id
+
+    def start_trial(self, record: TrialRecord) -> MLflowRun | None:
+        """Make a trial's run, or go on with it; noted in its record."""
+        if self.parent is None:
+            return None
+        tags = {"mlflow.parentRunId": self.parent.run_id}
+        name = f"{self.search}/{record.name}"
+        try:
+            run = start_mlflow_run(self.uri, EXPERIMENT, name, record.params, record.mlflow_run, tags=tags)
+        except InputError as error:
+            print(f"warning: {record.name} is not in MLflow: {error.what}", flush=True)
+            return None
+        record.mlflow_run = run.run_id
+        self.records.write(record)
+        return run
+
+    def end_trial(self, record: TrialRecord) -> None:
+        """Note how a trial came out."""
+        if self.parent is None or record.mlflow_run is None:
+            return
+        run = MLflowRun(self.uri, record.mlflow_run)
+        gap = self.records.gap(record)
+        metrics = {} if record.best is None else {"best/validation": record.best["validation"]}
+        self._log(
+            run, metrics if gap is None else {**metrics, "best/gap": gap}, {"trial.state": record.state}
+        )
+        end_mlflow_run(run, _STATUS.get(record.state, "FAILED"))
+
+    def interrupt_trial(self, record: TrialRecord) -> None:
+        """Note that a trial is not at work any more, and not over."""
+        if self.parent is not None and record.mlflow_run is not None:
+            end_mlflow_run(MLflowRun(self.uri, record.mlflow_run), "KILLED")
+
+    def add_checkpoint(self, record: TrialRecord, checkpoint: Store) -> None:
+        """Upload the files of one of the best checkpoints."""
+        if self.parent is not None and record.mlflow_run is not None:
+            name = f"checkpoints/{checkpoint.path.name}"
+            self._upload(MLflowRun(self.uri, record.mlflow_run), checkpoint.path, name)
+
+    def finish(self, status: str, best: TrialRecord | None, report: Path) -> None:
+        """Give the parent the report's files and the winner's loss, and end it."""
+        if self.parent is None:
+            return
+        if best is not None:
+            self._log(self.parent, {"best/validation": best.best["validation"]}, {"best.trial": best.name})
+            self._upload(self.parent, report, "report")
+        end_mlflow_run(self.parent, status)
+
+    def _log(self, run: MLflowRun, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        from mlflow.tracking import MlflowClient
+
+        try:
+            with short_requests(self.uri, _UPLOAD_REQUEST_SECONDS):
+                client = MlflowClient(self.uri)
+                for name, value in metrics.items():
+                    client.log_metric(run.run_id, name, value)
+                for name, value in tags.items():
+                    client.set_tag(run.run_id, name, value)
+        except Exception as error:  # every kind of store and network has errors of its own
+            self._warn(error)
+
+    def _upload(self, run: MLflowRun, directory: Path, name: str) -> None:
+        from mlflow.tracking import MlflowClient
+
+        try:
+            with short_requests(self.uri, _UPLOAD_REQUEST_SECONDS):
+                MlflowClient(self.uri).log_artifacts(run.run_id, str(directory), name)
+        except Exception as error:  # every kind of store and network has errors of its own
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        where = without_password(self.uri)
+        print(
+            f"warning: MLflow at {where} does not take the search's results ({reason_of(error)})", flush=True
+        )

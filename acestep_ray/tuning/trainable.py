@@ -1,0 +1,142 @@
+"""What Ray Tune runs for a trial: it asks the trial's loop for one validation after another."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import tune
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from acestep_ray.errors import AceStepError
+from acestep_ray.ray_runtime import StopSignal
+from acestep_ray.tuning.loop import Measured
+
+NOTHING = {"step": 0, "validation": math.nan}
+"""In place of a validation, in a result that says what has happened instead."""
+_SEAT_SECONDS = 0.2
+_INTERRUPTED_SECONDS = 0.5
+
+
+class TrialActor(tune.Trainable):
+    """A trial in its own process, on a shared base model, or as a run of several workers.
+
+    Its checkpoints are its run's, in the trial's folder; started again, it goes on from there.
+    """
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        plan: Sequence[ray.ObjectRef],
+        stop: StopSignal,
+        total_steps: int,
+        hosts: Sequence[ActorHandle],
+        workers: int,
+    ):
+        """`config` has the trial's `name`, its `params` and its `mlflow_run`; `plan` is where the search's plan lies.
+
+        A trial on a shared base never fetches it, nor loads the libraries that its types need.
+        """
+        (self.plan,) = plan
+        self.total_steps, self.hosts, self.workers = total_steps, hosts, workers
+        self.asked_to_stop = stop.asked
+        self.loop: Any = None
+
+    def step(self) -> dict[str, Any]:
+        """Train up to the next validation; what it measured, and whether it was the last.
+
+        An error that the run would meet again is a result too; others are raised, and Tune starts the trial again.
+        """
+        # Not before: Tune may have two actors set up for a trial, of which one is never asked for a step.
+        if self.loop is None:
+            self.loop = self.begin()
+        try:
+            measured = self.loop.next()
+        except AceStepError as error:
+            return {**NOTHING, "error": str(error), "done": True}
+        except Exception:
+            self.cleanup()  # before another actor goes on with the trial
+            raise
+        if measured is not None:
+            is_last = measured["step"] == self.total_steps
+            return {**measured, "is_last": is_last, "done": is_last}
+        if self.asked_to_stop():
+            time.sleep(_INTERRUPTED_SECONDS)
+            return {**NOTHING, "interrupted": True}
+        from acestep_ray.tuning.trial import last_measured
+
+        return {**last_measured(self.loop.outcome), "is_last": True, "done": True}
+
+    def begin(self) -> Any:
+        """Begin or continue the run of the trial."""
+        arguments = (self.config["name"], self.config["params"], self.config["mlflow_run"])
+        if self.hosts:
+            return HostedLoop(self.plan, self.hosts, *arguments)
+        plan = ray.get(self.plan)
+        if self.workers > 1:
+            from acestep_ray.tuning.train_run import TrainRun
+
+            return TrainRun(plan, *arguments)
+        import torch
+
+        from acestep_ray.tuning.trial import start_loop
+
+        return start_loop(plan, *arguments, torch.device("cuda" if plan.use_gpu else "cpu"))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take another trial in this process, which has loaded its libraries already."""
+        self.cleanup()
+        self.config = new_config
+        return True
+
+    def cleanup(self) -> None:
+        """End the run; its last checkpoint is written then."""
+        loop, self.loop = self.loop, None
+        if loop is not None:
+            loop.stop()
+
+
+class HostedLoop:
+    """The loop of a trial on a shared base model, in the actor that holds it."""
+
+    def __init__(
+        self,
+        plan: ray.ObjectRef,
+        hosts: Sequence[ActorHandle],
+        name: str,
+        params: dict[str, Any],
+        mlflow_run: Any,
+    ):
+        self.name = name
+        self.outcome: dict[str, Any] | None = None
+        while (host := self._free_host(hosts, plan, params, mlflow_run)) is None:
+            time.sleep(_SEAT_SECONDS)  # a trial that was stopped is about to leave its seat
+        self.host = host
+
+    def next(self) -> Measured | None:
+        """As of a `SteppedLoop`."""
+        try:
+            measured, self.outcome = ray.get(self.host.next.remote(self.name))
+        except RayTaskError as error:
+            raise error.cause from error  # without Ray's account of where it was
+        return measured
+
+    def stop(self) -> None:
+        """As of a `SteppedLoop`."""
+        with contextlib.suppress(RayActorError):  # a host that is lost runs nothing any more
+            ray.get(self.host.leave.remote(self.name))
+
+    def _free_host(
+        self, hosts: Sequence[ActorHandle], plan: ray.ObjectRef, params: dict[str, Any], mlflow_run: Any
+    ) -> ActorHandle | None:
+        """A host that has begun the trial, any of those with a free seat."""
+        for host in random.sample(hosts, len(hosts)):
+            if ray.get(host.start.remote(plan, self.name, params, mlflow_run)):
+                return host
+        return None
