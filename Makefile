@@ -14,7 +14,7 @@ test test-faults: export OMP_NUM_THREADS = 1
 ACESTEP_LYRIC_VOCAB ?= $(abspath $(wildcard ../shared/data/lyric_vocab.json))
 export ACESTEP_LYRIC_VOCAB
 
-.PHONY: venv quickstart test test-faults lint format bench clean
+.PHONY: venv quickstart test test-quantisation test-faults lint format bench clean
 
 venv: $(VENV)/.installed
 
@@ -29,6 +29,11 @@ quickstart: venv
 
 test: venv
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not faults"
+
+# Apart from the others: with torchao there, every process that imports transformers takes two seconds longer.
+test-quantisation: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[quantisation]'
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m torchao tests/training
 
 # Minutes each: ending a run's processes and nodes, and waiting for Ray to notice; searches of several processes a trial.
 test-faults: venv

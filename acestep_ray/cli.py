@@ -65,6 +65,7 @@ JOBS = {
                 "every_plot_step",
                 "plot_seconds",
                 "ckpt_path",
+                "checkpoints_dir",
                 "keep_last",
             )
         ),

@@ -101,6 +101,8 @@ class TrainConfig:
     """Folder of all experiments."""
     logger_dir: str = "./exps/logs/"
     """Folder of the logs."""
+    checkpoints_dir: str | None = None
+    """Folder of the checkpoints of all experiments, a path or a URL (s3://…); none keeps them in EXP_DIR/EXP_NAME."""
     tracking_uri: str | None = None
     """MLflow server or database; the default is a SQLite file in LOGGER_DIR. `none` turns MLflow off."""
     learning_rate: float = 1e-4

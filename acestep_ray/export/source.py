@@ -12,10 +12,10 @@ from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import is_module
 from acestep_ray.export.reading import LORA_FILE, PEFT_FILE, LoraFile, find_lora_file, open_lora, some
 from acestep_ray.storage import Store
+from acestep_ray.training.experiment import CHECKPOINTS
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints, DamagedCheckpointError, best_step
 
 SETTINGS_FILE = "train.yaml"
-CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step=(\d+)")
 
 

@@ -14,6 +14,8 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 
 IDENTITY_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
 FINGERPRINTS = {"dataset": "songs of --dataset_path", "transformer": "transformer of --checkpoint_dir"}
 """What a run's identity calls them."""
 _LOCK_FILE = ".lock"

@@ -30,6 +30,7 @@ from acestep_ray.tracking import (
 )
 from acestep_ray.training.checks import check_model, check_train_config
 from acestep_ray.training.experiment import (
+    CHECKPOINTS,
     FINGERPRINTS,
     check_unchanged,
     make_folder,
@@ -57,8 +58,9 @@ class TrainSummary:
     last_loss: float
     fixed_noise: dict[str, float]
     """Fixed-noise loss by step."""
-    result: Path
-    """The LoRA file of the last checkpoint, its folder where there are several, or the fine-tuned transformer's."""
+    result: Path | str
+    """The LoRA file of the last checkpoint, its folder where there are several, or the fine-tuned transformer's; a URL
+    for what lies in object storage."""
     samples: list[Path]
     experiment: Path
     tracking_uri: str | None
@@ -129,7 +131,7 @@ def train(config: TrainConfig) -> TrainSummary:
         settings = WorkerSettings(
             config=config,
             lora=lora,
-            checkpoints=Store.at(experiment / "checkpoints"),
+            checkpoints=checkpoints_of(config, experiment),
             samples=experiment / "samples",
             log_dir=log_dir,
             mlflow_run=None,
@@ -166,6 +168,13 @@ def train(config: TrainConfig) -> TrainSummary:
     )
 
 
+def checkpoints_of(config: TrainConfig, experiment: Path) -> Store:
+    """Where the checkpoints of an experiment lie."""
+    if config.checkpoints_dir is None:
+        return Store.at(experiment / CHECKPOINTS)
+    return Store.at(config.checkpoints_dir).child(config.exp_name).child(CHECKPOINTS)
+
+
 def count_steps(latent_frames: np.ndarray, config: TrainConfig, held_out: Sequence[int] = ()) -> int:
     """Steps of the run over songs of these lengths, (songs,). Raises InputError where a song fits into no batch."""
     plan = build_plan(latent_frames, config, held_out)
@@ -200,12 +209,16 @@ def prepare_experiment(
     return replace(settings, mlflow_run=run)
 
 
-def find_result(settings: WorkerSettings, checkpoint: CheckpointDir, step: int, experiment: Path) -> Path:
+def find_result(
+    settings: WorkerSettings, checkpoint: CheckpointDir, step: int, experiment: Path
+) -> Path | str:
     """The LoRA file of a checkpoint, or the whole transformer, which is written from it."""
     checkpoints = Checkpoints(settings.checkpoints)
     if settings.lora is not None:
-        folder = checkpoints.folder(step).path
-        return folder if "adapters" in settings.lora else folder / LORA_FILE
+        folder = checkpoints.folder(step)
+        if not folder.is_local:
+            return folder.url if "adapters" in settings.lora else folder.url_of(LORA_FILE)
+        return folder.path if "adapters" in settings.lora else folder.path / LORA_FILE
     return export_transformer(checkpoint, checkpoints.read_weights(step), experiment / EXPORT_FOLDER)
 
 

@@ -24,6 +24,7 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.ray_runtime import Console, StopSignal, has_gpus
 from acestep_ray.storage import Store
 from acestep_ray.tracking import end_mlflow_run
+from acestep_ray.training.experiment import CHECKPOINTS
 from acestep_ray.training.leaving import SavingTorchConfig, leaving
 from acestep_ray.training.worker import TrainingDivergedError, WorkerPlace, WorkerSettings, train_worker
 
@@ -70,9 +71,9 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
             resources_per_worker=reserved_by_worker(settings, use_gpu),
         ),
         run_config=RunConfig(
-            # Ray keeps its book of checkpoints in the folder where we write them.
-            storage_path=str(settings.checkpoints.path.parent),
-            name=settings.checkpoints.path.name,
+            # Ray keeps its book of checkpoints in the folder where we write them, or beside it.
+            storage_path=str(settings.samples.parent),
+            name=CHECKPOINTS,
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
@@ -192,18 +193,28 @@ def run_worker(
     )
     try:
         with leaving:
-            return train_worker(settings, place, report_to_ray, say)
+            report = partial(report_to_ray, in_rays_book=lies_in_rays_book(settings))
+            return train_worker(settings, place, report, say)
     except AceStepError as error:
         if place.workers > 1 and not isinstance(error, TrainingDivergedError):
             raise
         return error
 
 
-def report_to_ray(metrics: dict[str, float], checkpoint: Store | None) -> None:
-    """Tell Ray Train of a checkpoint; all workers meet here."""
+def lies_in_rays_book(settings: WorkerSettings) -> bool:
+    """Whether the checkpoints are in the folder that Ray Train keeps its own book in."""
+    store = settings.checkpoints
+    return store.is_local and store.path == settings.samples.parent / CHECKPOINTS
+
+
+def report_to_ray(metrics: dict[str, float], checkpoint: Store | None, *, in_rays_book: bool) -> None:
+    """Tell Ray Train of a checkpoint; all workers meet here.
+
+    Of one that lies elsewhere Ray need not know: workers that start again look for it themselves.
+    """
     ray.train.report(
         metrics,
-        checkpoint=None if checkpoint is None else ray.train.Checkpoint(str(checkpoint.path)),
+        checkpoint=ray.train.Checkpoint(str(checkpoint.path)) if checkpoint and in_rays_book else None,
         # It is written where it belongs already.
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )

@@ -138,6 +138,12 @@ def base_settings(config: TuneConfig, folder: Path) -> tuple[TrainConfig, dict[s
             where=f"--lora_config_path {given} --share_base",
             fix='set "use_dora" to false, or leave out --share_base',
         )
+    if config.float8 and config.share_base:
+        raise InputError(
+            "weights in float8 hold one trial's LoRA",
+            where="--float8 --share_base",
+            fix="leave out one of them",
+        )
     values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     base = TrainConfig(**values | {"lora_config_path": given or str(folder / "lora_config.json")})
     return check_train_config(replace(base, devices=config.workers_per_trial)), lora

@@ -26,7 +26,8 @@ CONFIG = TrainConfig(dataset_path="cache", checkpoint_dir="checkpoint")
 # Settings that change neither the batches nor what is learned from them.
 OF_NO_MATTER = {
     "dataset_path", "checkpoint_dir", "lora_config_path",  # by fingerprint and content, not by place
-    "exp_name", "exp_dir", "logger_dir", "tracking_uri", "device", "activation_checkpointing", "num_workers",
+    "exp_name", "exp_dir", "logger_dir", "checkpoints_dir", "tracking_uri", "device", "activation_checkpointing",
+    "num_workers",
     "every_n_train_steps", "every_plot_step", "plot_seconds", "keep_last", "allow_changes", "max_skipped_steps",
     "max_steps", "epochs",  # make a run longer
     "devices", "num_nodes", "accumulate_grad_batches",  # their product matters

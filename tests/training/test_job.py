@@ -14,10 +14,11 @@ import pytest
 import soundfile
 import torch
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from acestep_ray.config import GenerateConfig
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.export.lora import LORA_FILE
 from acestep_ray.generation.job import generate
 from acestep_ray.storage import Store
 from acestep_ray.training import launch
@@ -57,13 +58,16 @@ def statuses(summary):
 
 
 @pytest.mark.ray
-def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, config, tmp_path):
+def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, s3, config, tmp_path):
+    config = replace(config, checkpoints_dir=s3.url("runs"))
     together = train(replace(config, exp_name="two", devices=2))
+    assert together.result == f"{s3.url('runs')}/two/checkpoints/step={together.steps}/{LORA_FILE}"
     one = replace(config, accumulate_grad_batches=2)
     settings = settings_in(tmp_path, one, lora=read_lora_config(config.lora_config_path))
     alone = train_alone(settings)
     assert together.first_loss == pytest.approx(alone["first"], rel=1e-5)
-    assert_close_weights(load_file(together.result.parent / WEIGHTS_FILE), latest_weights(settings))
+    place = Store.at(together.result.rpartition("/")[0])
+    assert_close_weights(load(place.read_bytes(WEIGHTS_FILE)), latest_weights(settings))
     assert statuses(together) == {"two": "FINISHED"}
 
     other = tmp_path / "other.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def test_runs_on_two_workers_and_then_on_three_are_the_run_on_one(config, tmp_pa
     alone = {
         name: settings_in(tmp_path / name, config, lora=its) for name, its in (("lora", lora), ("all", None))
     }
-    quantised = replace(config, quantize_base="int8", optimizer="adamw-8bit")
+    optimizer = "adamw" if find_spec("torchao") is None else "adamw-8bit"
+    quantised = replace(config, quantize_base="int8", optimizer=optimizer)
     alone["quantised"] = settings_in(tmp_path / "quantised", quantised, lora=lora)
     for settings in alone.values():
         train_alone(settings)

@@ -77,7 +77,7 @@ def test_a_pattern_that_names_nothing_is_told():
         choose_trained(on_meta(), "projectors", with_ssl=False)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw-8bit", marks=pytest.mark.torchao)])
 def test_all_weights_learn_and_a_killed_run_goes_on_as_if_it_had_not_been(config, tmp_path, optimizer):
     config = replace(config, optimizer=optimizer)
     settings = settings_in(tmp_path / "killed", config, lora=None)

@@ -22,6 +22,8 @@ from acestep_ray.training.optim import (
     stored_parts,
 )
 
+EIGHT_BIT = pytest.param("adamw-8bit", marks=pytest.mark.torchao)
+
 
 def test_it_rises_from_zero_to_the_peak_and_falls_linearly_to_zero():
     rates = [learning_rate_at(step, peak=2.0, warmup_steps=4, max_steps=12) for step in range(13)]
@@ -61,7 +63,7 @@ def adamw(parameter: nn.Parameter, kind: str) -> torch.optim.Optimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("kind", ["adamw", "fused", "adamw-8bit"])
+@pytest.mark.parametrize("kind", ["adamw", "fused", EIGHT_BIT])
 def test_a_step_with_gradients_that_are_not_finite_changes_nothing(kind):
     parameter = nn.Parameter(torch.zeros(64, 64))
     parameter.grad = torch.full_like(parameter, 2.0)
@@ -101,6 +103,7 @@ def train(kind: str, rates: list[float]) -> tuple[torch.Tensor, torch.optim.Opti
     return parameter.detach(), optimizer
 
 
+@pytest.mark.torchao
 def test_moments_of_eight_bits_train_as_those_of_thirty_two_in_a_quarter_of_the_memory():
     rates = [0.03 - 0.0005 * step for step in range(60)]
     (full, in_32), (eight, in_8) = train("adamw", rates), train("adamw-8bit", rates)
@@ -113,7 +116,7 @@ def test_moments_of_eight_bits_train_as_those_of_thirty_two_in_a_quarter_of_the_
     assert sizes[1] < 0.26 * sizes[0]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize("kind", ["adamw", EIGHT_BIT])
 def test_each_step_has_the_learning_rate_that_was_set_for_it(kind):
     still, _ = train(kind, [0.0, 0.0])
     assert not still.any()
@@ -138,6 +141,7 @@ def test_without_torchao_the_extra_is_named(monkeypatch):
     check_optimizer(CONFIG)
 
 
+@pytest.mark.torchao
 @pytest.mark.parametrize("changes", [{"devices": 2}, {"num_nodes": 2}, {"cpu_offload": True}])
 def test_moments_of_eight_bits_are_not_spread(changes):
     changed = replace(CONFIG, optimizer="adamw-8bit", lora_config_path=None, **changes)

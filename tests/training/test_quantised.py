@@ -117,9 +117,12 @@ def test_no_layer_reaches_the_device_before_it_is_quantised(checkpoint, monkeypa
     assert moved[0] < 0.6 * whole
 
 
-@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    ("form", "optimizer"),
+    [("int8", "adamw"), ("nf4", "adamw"), pytest.param("nf4", "adamw-8bit", marks=pytest.mark.torchao)],
+)
 def test_a_killed_run_on_a_quantised_base_goes_on_as_if_it_had_not_been(
-    checkpoint, tiny_cache, tmp_path, form
+    checkpoint, tiny_cache, tmp_path, form, optimizer
 ):
     config = TrainConfig(
         dataset_path=str(tiny_cache),
@@ -133,7 +136,7 @@ def test_a_killed_run_on_a_quantised_base_goes_on_as_if_it_had_not_been(
         plot_seconds=2.0,
         activation_checkpointing=1.0,
         quantize_base=form,
-        optimizer="adamw-8bit",
+        optimizer=optimizer,
     )
     settings = settings_in(tmp_path / "killed", config)
 

@@ -142,6 +142,7 @@ def in_32_bits(moment: torch.Tensor) -> torch.Tensor:
     return moment.dequantize() if hasattr(moment, "codes") else moment
 
 
+@pytest.mark.torchao
 def test_moments_of_eight_bits_come_back_bit_for_bit(store):
     model, optimizer = save_full_run(store, "adamw-8bit")
     resumed, resumed_optimizer = new_full_run("adamw-8bit")
@@ -157,6 +158,7 @@ def test_moments_of_eight_bits_come_back_bit_for_bit(store):
         assert torch.equal(parameter, trainable_parameters(resumed)[name]), name
 
 
+@pytest.mark.torchao
 @pytest.mark.parametrize(("before", "after"), [("adamw", "adamw-8bit"), ("adamw-8bit", "adamw")])
 def test_another_optimizer_takes_the_moments_over_in_its_own_form(store, before, after):
     model, optimizer = save_full_run(store, before)

@@ -300,6 +300,7 @@ def test_a_streamed_run_is_the_cached_run_also_when_it_is_killed_and_goes_on(cac
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_two_workers_on_two_cpus_stream_what_one_trains_on(cache, config, tmp_path, capfd):
     streamed = train(replace(config, exp_name="streamed", devices=2))
     said = capfd.readouterr().out

@@ -198,6 +198,7 @@ def kill_trial_once(folder: Path, name: str) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_trials_on_a_shared_base_go_on_after_a_kill_and_one_that_diverges_ends_nothing(
     searched, config, tmp_path
 ):
