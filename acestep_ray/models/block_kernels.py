@@ -252,7 +252,7 @@ def _state_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def _apply_kernel(
-    qkv, state, out, length, stride, out_stride, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    qkv, sums, norms, out, length, stride, out_stride, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q·S / (q·Σk + ε) for one block of frames of one head."""
@@ -260,12 +260,12 @@ def _apply_kernel(
     song = tl.program_id(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, D)
-    state += (song * HEADS + head).to(tl.int64) * (D + 1) * D
+    sums += (song * HEADS + head).to(tl.int64) * D * D
+    norms += (song * HEADS + head).to(tl.int64) * D
     query = _load_rows(qkv + song.to(tl.int64) * length * stride + head * D, row, channel, length, stride)
-    sums = tl.load(state + channel[:, None] * D + channel[None, :]).to(query.dtype)
-    norms = tl.load(state + D * D + channel)
-    weight = tl.sum(query.to(tl.float32) * norms[None, :], axis=1) + 1e-15
-    value = tl.dot(query, sums, input_precision=PRECISION) / weight[:, None]
+    state = tl.load(sums + channel[:, None] * D + channel[None, :])
+    weight = tl.sum(query.to(tl.float32) * tl.load(norms + channel)[None, :], axis=1) + 1e-15
+    value = tl.dot(query, state, input_precision=PRECISION) / weight[:, None]
     _store_rows(
         out + song.to(tl.int64) * length * out_stride + head * D, row, channel, length, out_stride, value
     )
@@ -273,7 +273,7 @@ def _apply_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def _query_backward_kernel(
-    qkv, state, out_grad, qkv_grad, factors, length, stride, out_stride, grad_stride, HEADS: tl.constexpr,
+    qkv, sums, norms, out_grad, qkv_grad, factors, length, stride, out_stride, grad_stride, HEADS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of frames' queries, and what the state's needs of each: 1 / weight, and the weight's
@@ -282,20 +282,21 @@ def _query_backward_kernel(
     song = tl.program_id(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, D)
-    place = state + (song * HEADS + head).to(tl.int64) * (D + 1) * D
+    sums += (song * HEADS + head).to(tl.int64) * D * D
+    norms += (song * HEADS + head).to(tl.int64) * D
     query = _load_rows(qkv + song.to(tl.int64) * length * stride + head * D, row, channel, length, stride)
     grad = _load_rows(
         out_grad + song.to(tl.int64) * length * out_stride + head * D, row, channel, length, out_stride
     )
-    sums = tl.load(place + channel[:, None] * D + channel[None, :]).to(query.dtype)
-    norms = tl.load(place + D * D + channel)
-    weight = tl.sum(query.to(tl.float32) * norms[None, :], axis=1) + 1e-15
+    state = tl.load(sums + channel[:, None] * D + channel[None, :])
+    key_sum = tl.load(norms + channel)[None, :]
+    weight = tl.sum(query.to(tl.float32) * key_sum, axis=1) + 1e-15
     # Without a positive channel the query has no weight and no gradient; a gradient over ε would be infinite.
     inverse = tl.where(weight > 1e-15, 1.0 / weight, 0.0)
-    value = tl.dot(query, sums, input_precision=PRECISION)
+    value = tl.dot(query, state, input_precision=PRECISION)
     weight_grad = -tl.sum(grad.to(tl.float32) * value, axis=1) * inverse * inverse
-    query_grad = tl.dot(grad, tl.trans(sums), input_precision=PRECISION) * inverse[:, None]
-    query_grad = tl.where(query > 0, query_grad + weight_grad[:, None] * norms[None, :], 0.0)
+    query_grad = tl.dot(grad, tl.trans(state), input_precision=PRECISION) * inverse[:, None]
+    query_grad = tl.where(query > 0, query_grad + weight_grad[:, None] * key_sum, 0.0)
     qkv_grad += song.to(tl.int64) * length * grad_stride + head * D
     _store_rows(qkv_grad, row, channel, length, grad_stride, query_grad)
     factors += ((song * HEADS + head) * 2).to(tl.int64) * length
@@ -334,7 +335,7 @@ def _state_backward_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def _key_backward_kernel(
-    qkv, lengths, state_grad, qkv_grad, length, stride, grad_stride, HEADS: tl.constexpr, D: tl.constexpr,
+    qkv, lengths, sums_grad, norms_grad, qkv_grad, length, stride, grad_stride, HEADS: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of frames' keys and values."""
@@ -345,14 +346,15 @@ def _key_backward_kernel(
     channel = tl.arange(0, D)
     qkv += song.to(tl.int64) * length * stride + (HEADS + head) * D
     qkv_grad += song.to(tl.int64) * length * grad_stride + (HEADS + head) * D
-    state_grad += (song * HEADS + head).to(tl.int64) * (D + 1) * D
+    sums_grad += (song * HEADS + head).to(tl.int64) * D * D
+    norms_grad += (song * HEADS + head).to(tl.int64) * D
     key = _load_rows(qkv, row, channel, limit, stride)
     value = _load_rows(qkv + HEADS * D, row, channel, limit, stride)
-    sums_grad = tl.load(state_grad + channel[:, None] * D + channel[None, :]).to(key.dtype)
-    norms_grad = tl.load(state_grad + D * D + channel)
-    key_grad = tl.dot(value, tl.trans(sums_grad), input_precision=PRECISION) + norms_grad[None, :]
+    state_grad = tl.load(sums_grad + channel[:, None] * D + channel[None, :])
+    key_grad = tl.dot(value, tl.trans(state_grad), input_precision=PRECISION)
+    key_grad += tl.load(norms_grad + channel)[None, :]
     _store_rows(qkv_grad, row, channel, length, grad_stride, tl.where(key > 0, key_grad, 0.0))
-    value_grad = tl.dot(key, sums_grad, input_precision=PRECISION)
+    value_grad = tl.dot(key, state_grad, input_precision=PRECISION)
     _store_rows(qkv_grad + HEADS * D, row, channel, length, grad_stride, value_grad)
 
 
@@ -360,8 +362,11 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def linear_attention(qkv: Tensor, lengths: Tensor, heads: int, out: Tensor) -> Tensor:
-    """Of queries and keys that are not negative; writes into `out`, returns the state (B, heads, D + 1, D) float32."""
+def linear_attention(qkv: Tensor, lengths: Tensor, heads: int, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Of queries and keys that are not negative; writes into `out`.
+
+    Returns the state that the backward pass needs: Σ kᵀv (B, heads, D, D) in qkv's dtype, Σ k (B, heads, D) float32.
+    """
     batch, length, channels = qkv.shape
     head_dim = channels // (3 * heads)
     chunks = triton.cdiv(length, _CHUNK)
@@ -371,16 +376,20 @@ def linear_attention(qkv: Tensor, lengths: Tensor, heads: int, out: Tensor) -> T
         _state_kernel[(heads, chunks, batch)](
             qkv, lengths, parts, length, chunks, qkv.stride(1), CHUNK=_CHUNK, **sizes, num_warps=_WARPS
         )
-        # Sums in a fixed order: a step gives the same numbers in every run.
-        state = parts.sum(dim=2)
+        sums, norms = _joined(parts, qkv.dtype)
         _apply_kernel[(heads, triton.cdiv(length, _ROWS), batch)](
-            qkv, state, out, length, qkv.stride(1), out.stride(1), **sizes, num_warps=_WARPS
+            qkv, sums, norms, out, length, qkv.stride(1), out.stride(1), **sizes, num_warps=_WARPS
         )
-    return state
+    return sums, norms
 
 
 def linear_attention_backward(
-    qkv: Tensor, lengths: Tensor, heads: int, state: Tensor, out_grad: Tensor, grad: Tensor
+    qkv: Tensor,
+    lengths: Tensor,
+    heads: int,
+    state: tuple[Tensor, Tensor],
+    out_grad: Tensor,
+    grad: Tensor,
 ) -> None:
     """Writes the gradient of qkv, through the ReLU of queries and keys, into `grad`."""
     batch, length, channels = qkv.shape
@@ -391,17 +400,28 @@ def linear_attention_backward(
     factors = qkv.new_empty(batch, heads, 2, length, dtype=torch.float32)
     with _device_of(qkv):
         _query_backward_kernel[(heads, triton.cdiv(length, _ROWS), batch)](
-            qkv, state, out_grad, grad, factors, length, qkv.stride(1), out_grad.stride(1), grad.stride(1),
+            qkv, *state, out_grad, grad, factors, length, qkv.stride(1), out_grad.stride(1), grad.stride(1),
             **sizes, num_warps=_WARPS,
         )  # fmt: skip
         _state_backward_kernel[(heads, chunks, batch)](
             qkv, out_grad, factors, parts, length, chunks, qkv.stride(1), out_grad.stride(1), CHUNK=_CHUNK,
             **sizes, num_warps=_WARPS,
         )  # fmt: skip
-        state_grad = parts.sum(dim=2)
+        sums_grad, norms_grad = _joined(parts, qkv.dtype)
         _key_backward_kernel[(heads, triton.cdiv(length, _ROWS), batch)](
-            qkv, lengths, state_grad, grad, length, qkv.stride(1), grad.stride(1), **sizes, num_warps=_WARPS
-        )
+            qkv, lengths, sums_grad, norms_grad, grad, length, qkv.stride(1), grad.stride(1), **sizes,
+            num_warps=_WARPS,
+        )  # fmt: skip
+
+
+def _joined(parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The chunks' states, added up: the matrices in `dtype`, the vectors float32.
+
+    In a fixed order, so that a step gives the same numbers in every run. In 16 bits the matrices fit the shared memory
+    of small GPUs.
+    """
+    state = parts.sum(dim=2)
+    return state[:, :, :-1].to(dtype).contiguous(), state[:, :, -1].contiguous()
 
 
 # --- feed-forward between its matrix products ----------------------------------------------------------------------

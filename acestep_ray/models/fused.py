@@ -125,14 +125,14 @@ class _LinearAttention(torch.autograd.Function):
         kernels.rotary(rows, rows, cos, sin, 2 * heads, relu=True)
         out = empty_with_room((*qkv.shape[:-1], qkv.shape[-1] // 3), room, qkv)
         state = kernels.linear_attention(qkv, lengths, heads, out)
-        ctx.save_for_backward(qkv, cos, sin, lengths, state)
+        ctx.save_for_backward(qkv, cos, sin, lengths, *state)
         ctx.heads, ctx.room = heads, qkv_room
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, out_grad):
-        qkv, cos, sin, lengths, state = ctx.saved_tensors
+        qkv, cos, sin, lengths, *state = ctx.saved_tensors
         grad = empty_with_room(qkv.shape, ctx.room, qkv)
         kernels.linear_attention_backward(qkv, lengths, ctx.heads, state, out_grad, grad)
         rows = grad.flatten(0, 1)

@@ -17,10 +17,15 @@ def fuse_where_possible(
 ) -> bool:
     """Let a model compute its bfloat16 work in few passes on `device`; returns whether it does.
 
-    It does on a GPU for which Triton compiles, with heads of a size that the kernels take. See `fused.fuse`.
+    It does on a GPU of the A100's generation or later for which Triton compiles, with heads of a size that the kernels
+    take. See `fused.fuse`.
     """
     size = transformer.config.attention_head_dim
-    if triton_kernels(torch.empty(0, device=device)) is None or not 16 <= size <= 128 or size & (size - 1):
+    if not 16 <= size <= 128 or size & (size - 1):
+        return False
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if triton_kernels(torch.empty(0, device=device)) is None:
         return False
     from acestep_ray.models.fused import fuse
     from acestep_ray.models.fused_lyrics import fuse_lyric_encoder
