@@ -193,8 +193,7 @@ def run_worker(
     )
     try:
         with leaving:
-            report = partial(report_to_ray, in_rays_book=lies_in_rays_book(settings))
-            return train_worker(settings, place, report, say)
+            return train_worker(settings, place, partial(report_to_ray, settings), say)
     except AceStepError as error:
         if place.workers > 1 and not isinstance(error, TrainingDivergedError):
             raise
@@ -207,14 +206,15 @@ def lies_in_rays_book(settings: WorkerSettings) -> bool:
     return store.is_local and store.path == settings.samples.parent / CHECKPOINTS
 
 
-def report_to_ray(metrics: dict[str, float], checkpoint: Store | None, *, in_rays_book: bool) -> None:
+def report_to_ray(settings: WorkerSettings, metrics: dict[str, float], checkpoint: Store | None) -> None:
     """Tell Ray Train of a checkpoint; all workers meet here.
 
     Of one that lies elsewhere Ray need not know: workers that start again look for it themselves.
     """
+    is_in_book = checkpoint is not None and lies_in_rays_book(settings)
     ray.train.report(
         metrics,
-        checkpoint=ray.train.Checkpoint(str(checkpoint.path)) if checkpoint and in_rays_book else None,
+        checkpoint=ray.train.Checkpoint(str(checkpoint.path)) if is_in_book else None,
         # It is written where it belongs already.
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )

@@ -81,6 +81,7 @@ def test_two_workers_train_what_one_does_and_a_finished_run_says_so(two_cpus, s3
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_all_weights_are_trained_by_two_workers_and_the_result_makes_music(two_cpus, config, tmp_path):
     base = replace(config, exp_name="base", lora_config_path=None, devices=2, learning_rate=3e-4)
     summary = train(base)
