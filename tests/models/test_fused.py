@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from acestep_ray.models.projection import empty_with_room, with_room
+from tests.interpreted import run_interpreted
 
 
 def test_every_fused_block_has_the_losses_and_gradients_of_the_plain_one():
-    """In Triton's interpreter, which needs no GPU but its own process."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.models.fused_cases"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    errors = json.loads(run.stdout.splitlines()[-1])
+    errors = run_interpreted("tests.models.fused_cases")
     assert len(errors) == 10
     # Float32 sums in another order.
     assert not {name: error for name, error in errors.items() if not error < 1e-4}

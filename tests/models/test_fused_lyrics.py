@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from acestep_ray.models.lyric_encoder import LyricEncoder, LyricEncoderConfig
+from tests.interpreted import run_interpreted
 
 # Roundings of one pass, and of the whole encoder there and back.
 BOUNDS = {"float32": 1e-6, "float16": 2e-3}
@@ -20,17 +15,7 @@ ENCODER_BOUND = 1e-5
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    """From Triton's interpreter, which needs no GPU but its own process."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.models.fused_lyric_cases"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_interpreted("tests.models.fused_lyric_cases")
 
 
 def test_every_pass_drops_the_elements_that_the_plain_encoder_drops(found):

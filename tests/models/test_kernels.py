@@ -1,32 +1,19 @@
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from acestep_ray.models import kernels
+from tests.interpreted import run_interpreted
 
 BOUNDS = {"float32": 1e-6, "float16": 2e-3}
 
 
 def test_every_triton_kernel_gives_the_numbers_of_plain_torch():
-    """In Triton's interpreter, which needs no GPU but its own process."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.models.kernel_cases"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    errors = json.loads(run.stdout.splitlines()[-1])
+    errors = run_interpreted("tests.models.kernel_cases")
     assert len(errors) == 50
     wrong = {
         name: error
