@@ -93,6 +93,11 @@ class Turns:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    @property
+    def waiting(self) -> int:
+        """How many loops wait for their turn."""
+        return self._lock.waiting
+
     @contextlib.contextmanager
     def given_up(self) -> Iterator[None]:
         """Let others work meanwhile."""
@@ -109,6 +114,11 @@ class _FairLock:
     def __init__(self):
         self._changed = threading.Condition()
         self._next = self._served = 0
+
+    @property
+    def waiting(self) -> int:
+        with self._changed:
+            return max(self._next - self._served - 1, 0)
 
     def acquire(self) -> None:
         with self._changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -58,24 +59,25 @@ def test_what_ends_it_is_raised():
     loop.stop()
 
 
-def test_loops_take_turns_one_after_another():
-    turns, order, ready = Turns(), [], threading.Barrier(3)
+def test_loops_get_their_turns_in_the_order_in_which_they_asked():
+    turns, order = Turns(), []
 
     def work(name):
-        ready.wait()
-        for _ in range(50):
-            with turns:
-                order.append(name)
+        with turns:
+            order.append(name)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
     with turns:
-        for thread in threads:
+        for waiting, thread in enumerate(threads, start=1):
             thread.start()
+            _wait_for(lambda waiting=waiting: turns.waiting == waiting)
+    # Whoever just had its turn asks again, and comes after all that waited.
+    with turns:
+        order.append("again")
     for thread in threads:
         thread.join()
-    # Whoever was first, nobody gets a second turn before the others had theirs, but at the beginning and the end.
-    middle = order[30:-30]
-    assert all(len(set(middle[i : i + 3])) == 3 for i in range(len(middle) - 2))
+    assert order == ["a", "b", "c", "again"]
+    assert turns.waiting == 0
 
 
 def test_a_turn_that_is_given_up_lets_others_work():
@@ -92,3 +94,10 @@ def test_a_turn_that_is_given_up_lets_others_work():
         with turns.given_up():
             assert other_worked.wait(30)
     thread.join()
+
+
+def _wait_for(happened, seconds=30):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
