@@ -66,7 +66,7 @@ def test_loops_get_their_turns_in_the_order_in_which_they_asked():
         with turns:
             order.append(name)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in "abc"]
     with turns:
         for waiting, thread in enumerate(threads, start=1):
             thread.start()
