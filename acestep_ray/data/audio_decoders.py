@@ -223,6 +223,11 @@ def _torchcodec() -> tuple[Any, str]:
     return AudioDecoder, ""
 
 
+def why_no_torchcodec() -> str:
+    """Why the formats that FFmpeg decodes are not read here; empty where they are."""
+    return _torchcodec()[1]
+
+
 def _decoder_text(error: Exception) -> str:
     return str(error).rpartition(": ")[2].rstrip(".")
 

@@ -1,27 +1,24 @@
-"""The checkpoint directory in the released layout: checking it, loading its parts, downloading it."""
+"""The checkpoint directory in the released layout: checking it, loading its parts, where it is published."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import get_session, tqdm
 
-from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.errors import InputError
 from acestep_ray.models.codec import MusicCodec
-from acestep_ray.models.fingerprints import file_sha256, noted_sha256
+from acestep_ray.models.fingerprints import noted_sha256
 from acestep_ray.models.ssl import SSLEncoder
 from acestep_ray.models.text_encoder import TextEncoder
 from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig, is_unused_parameter
 from acestep_ray.models.vocoder import VocoderConfig
 from acestep_ray.models.weights import build_on_meta, check_weight_file, load_weights, read_json, weight_files
+from acestep_ray.storage import is_url
 
 TRANSFORMER = "ace_step_transformer"
 AUTOENCODER = "music_dcae_f8c8"
@@ -58,6 +55,12 @@ class CheckpointDir:
 
         Reads no weights. Raises one `InputError` that lists everything that is missing or broken.
         """
+        if is_url(path):
+            raise InputError(
+                "a checkpoint directory is read from a disk, by every node that loads models",
+                where=str(path),
+                fix="copy it to the same path on every node, or to a disk that they share, and give that path",
+            )
         root = Path(path)
         fix = (
             f"`acestep-ray checkpoint fetch {root}` downloads what is missing of the released model; "
@@ -236,7 +239,7 @@ class Release:
     lyric_vocab_url: str
     lyric_vocab_sha256: str
     ssl_repositories: dict[str, str] = field(default_factory=dict)
-    """Repository by folder. Their newest commit is taken; the Hub's own sums are checked."""
+    """Repository by folder. No revision and no sum of them was published with the release."""
 
 
 ACE_STEP_V1 = Release(
@@ -268,83 +271,3 @@ ACE_STEP_V1 = Release(
     lyric_vocab_sha256="c2a66ea48c478c0bb9acb5497144b926acdeaa37128faa799508d40f2b9cc558",
     ssl_repositories={"mert": "m-a-p/MERT-v1-330M", "mhubert": "utter-project/mHuBERT-147"},
 )
-
-
-def fetch_checkpoint(
-    directory: str | Path, *, release: Release = ACE_STEP_V1, endpoint: str | None = None
-) -> CheckpointDir:
-    """Download a released checkpoint into `directory`, about 10 GB, and open it.
-
-    A file that is there with the right SHA-256 is left alone; an interrupted one goes on where it stopped. `endpoint`
-    is the Hub's address, by default $HF_ENDPOINT or huggingface.co. Raises `AceStepError` where the network fails or
-    a file does not have its SHA-256; that file is deleted.
-    """
-    root = Path(directory)
-    for name, sha256 in release.files.items():
-        url = hf_hub_url(release.repository, name, revision=release.revision, endpoint=endpoint)
-        _fetch_file(url, root / name, sha256)
-    _fetch_file(release.lyric_vocab_url, root / LYRIC_VOCAB, release.lyric_vocab_sha256)
-    for folder, repository in release.ssl_repositories.items():
-        for name, url, sha256 in _ssl_files(repository, endpoint):
-            _fetch_file(url, root / folder / name, sha256)
-    return CheckpointDir.open(root)
-
-
-def _ssl_files(repository: str, endpoint: str | None) -> Iterator[tuple[str, str, str | None]]:
-    """Name, address and (for weights) SHA-256 of the files that `SSLEncoder` reads."""
-    try:
-        info = HfApi(endpoint=endpoint).model_info(repository, files_metadata=True)
-    except (HTTPError, OSError) as error:
-        raise AceStepError(
-            f"cannot list the files of {repository} on the Hugging Face Hub: {error}"
-        ) from error
-    published = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings}
-    weights = next((name for name in ("model.safetensors", "pytorch_model.bin") if name in published), None)
-    if weights is None:
-        raise AceStepError(f"{repository} on the Hugging Face Hub has no weights among {sorted(published)}")
-    for name in ("config.json", weights):
-        yield name, hf_hub_url(repository, name, revision=info.sha, endpoint=endpoint), published[name]
-
-
-def _fetch_file(url: str, path: Path, sha256: str | None) -> None:
-    """Download `url` to `path`, unless it is there already; `sha256` none takes what comes."""
-    if sha256 is not None and path.is_file() and file_sha256(path) == sha256:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        # huggingface_hub's own download starts a broken file over, which hurts at 6.6 GB.
-        _append_rest(url, part, description=f"{path.parent.name}/{path.name}")
-    except (HTTPError, OSError) as error:
-        reason = str(error) or type(error).__name__
-        raise AceStepError(
-            f"cannot download {url}: {reason}\n  → run the same command again: it goes on where it stopped"
-        ) from error
-    if sha256 is not None:
-        found = file_sha256(part)
-        if found != sha256:
-            part.unlink()
-            raise AceStepError(
-                f"{url} came with SHA-256 {found} and not {sha256}; the file was deleted\n"
-                "  → run the same command again; if it says so again, what is published there has changed"
-            )
-    os.replace(part, path)
-
-
-def _append_rest(url: str, part: Path, description: str) -> None:
-    """Download the bytes of `url` that `part` does not hold yet."""
-    start = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=60) as response:
-        if response.status_code == 416 and start:
-            return  # nothing is left to send
-        response.raise_for_status()
-        resumed = response.status_code == 206
-        total = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
-        with (
-            part.open("ab" if resumed else "wb") as file,
-            tqdm(total=total, unit="B", unit_scale=True, desc=description) as progress,
-        ):
-            for block in response.iter_bytes(1 << 20):
-                file.write(block)
-                progress.update(len(block))
