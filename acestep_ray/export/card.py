@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from acestep_ray import __version__
@@ -20,6 +18,8 @@ from acestep_ray.export.source import SETTINGS_FILE
 from acestep_ray.models.checkpoint import ACE_STEP_V1, TRANSFORMER
 from acestep_ray.models.codec import MEL_FRAMES_PER_LATENT
 from acestep_ray.models.mel import HOP_LENGTH, MEL_SAMPLE_RATE
+from acestep_ray.reporting.curves import Log, find_logs, read_events
+from acestep_ray.reporting.plots import TRAINING, draw_losses
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import FINGERPRINTS, IDENTITY_FILE
 from acestep_ray.training.scan import SONGS, read_songs
@@ -49,10 +49,9 @@ _SETTINGS = (
     "lyric_dropout",
     "seed",
 )
-_TRAINING = "training"
-_CURVES = {_TRAINING: "loss", "fixed noise": f"loss/{FIXED_NOISE}", "held-out songs": f"loss/{VALIDATION}"}
+_CURVES = {TRAINING: "loss", "fixed noise": f"loss/{FIXED_NOISE}", "held-out songs": f"loss/{VALIDATION}"}
 """TensorBoard's name of each curve."""
-_SMOOTHED_POINTS = 50
+_PICTURE_DPI = 120
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def read_run(experiment: Path, step: int) -> RunFacts:
 def write_card(folder: Path, facts: RunFacts, *, format_name: str, files: list[str]) -> None:
     """Write README.md, and loss.png where there are losses, into `folder`."""
     if facts.losses:
-        draw_losses(folder / PICTURE, facts.losses, f"{facts.name}, step {facts.step}")
+        figure = draw_losses(facts.losses, f"{facts.name}, step {facts.step}")
+        figure.savefig(folder / PICTURE, dpi=_PICTURE_DPI)
     (folder / CARD).write_text(render_card(facts, format_name, files), encoding="utf-8")
 
 
@@ -135,30 +135,6 @@ def render_card(facts: RunFacts, format_name: str, files: list[str]) -> str:
         lines += ["## Loss", "", f"![Losses by step]({PICTURE})", "", *_loss_lines(facts.losses), ""]
     lines += ["## Files", "", *(f"- `{name}`" for name in files), "", _usage(format_name), ""]
     return "\n".join(lines)
-
-
-def draw_losses(path: Path, losses: Mapping[str, Mapping[int, float]], title: str) -> None:
-    """A PNG of loss curves by step; that of single steps is drawn faintly with its running mean."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in losses.items():
-        steps, values = list(curve), list(curve.values())
-        width = max(1, len(values) // _SMOOTHED_POINTS)
-        if name == _TRAINING and width > 1:
-            (line,) = axes.plot(steps, values, alpha=0.25, linewidth=0.8)
-            sums = np.cumsum([0.0, *values])
-            means = (sums[width:] - sums[:-width]) / width
-            axes.plot(
-                steps[width - 1 :], means, color=line.get_color(), label=f"{name}, mean of {width} steps"
-            )
-        else:
-            axes.plot(steps, values, marker=None if name == _TRAINING else "o", markersize=3, label=name)
-    axes.set(title=title, xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def _read(path: Path, parse) -> dict[str, Any]:
@@ -200,31 +176,14 @@ def _count_songs(dataset_path: str | None, experiment: Path) -> dict[str, Any] |
 
 def _read_losses(experiment: Path, logger_dir: str | None, step: int) -> dict[str, dict[int, float]]:
     """TensorBoard's curves up to a step, else those that the checkpoint itself holds."""
-    curves: dict[str, dict[int, float]] = {}
-    # The settings' path may be relative to where training was started.
-    for folder in (Path(logger_dir or "") / experiment.name, experiment.parent / "logs" / experiment.name):
-        if logger_dir and any(folder.glob("events.out.tfevents.*")):
-            curves = _read_events(folder)
-            break
+    folder = find_logs(experiment, logger_dir)
+    log = Log() if folder is None else read_events(folder)
+    curves = {curve: dict(log[name]) for curve, name in _CURVES.items() if log[name]}
     noted = Checkpoints(Store.at(experiment / "checkpoints")).read_state(step)["losses"]
     for curve, name in (("fixed noise", FIXED_NOISE), ("held-out songs", VALIDATION)):
         curves.setdefault(curve, {int(n): value for n, value in (noted.get(name) or {}).items()})
     curves = {name: {n: v for n, v in sorted(curve.items()) if n <= step} for name, curve in curves.items()}
     return {name: curve for name, curve in curves.items() if curve}
-
-
-def _read_events(folder: Path) -> dict[str, dict[int, float]]:
-    if importlib.util.find_spec("tensorboard") is None:
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
-    there = set(events.Tags()[SCALARS])
-    return {
-        curve: {event.step: event.value for event in events.Scalars(tag)}
-        for curve, tag in _CURVES.items()
-        if tag in there
-    }
 
 
 def _song_lines(songs: Mapping[str, Any] | None) -> list[str]:

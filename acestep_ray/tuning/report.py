@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +14,8 @@ import yaml
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.reporting.page import Page
+from acestep_ray.storage import Store
 from acestep_ray.training.job import TrainSummary
 from acestep_ray.tuning.pictures import (
     PARALLEL,
@@ -40,9 +40,9 @@ class TuneSummary:
     """As in `trials.parquet`, the best first."""
     space: list[str]
     """The dimensions that were searched."""
-    best: Path | None
+    best: Store | None
     """Folder of the winner; None where no trial came to a validation."""
-    folder: Path
+    folder: Store
     tracking_uri: str | None
     wall_seconds: float
     retrained: TrainSummary | None
@@ -57,14 +57,14 @@ class TuneSummary:
             for row in [columns, *rows]
         ]
         if len(self.trials) > _ROWS_SHOWN:
-            lines.append(f"and {len(self.trials) - _ROWS_SHOWN} more in {self.folder / TABLE_FILE}")
+            lines.append(f"and {len(self.trials) - _ROWS_SHOWN} more in {self.folder.url_of(TABLE_FILE)}")
         failed = [trial for trial in self.trials if trial["state"] == FAILED]
         lines += [f"failed    {trial['trial']}: {trial['error']}" for trial in failed]
         lines.append(f"trials    {len(self.trials)} in {self.wall_seconds:.0f} s")
         if self.best is not None:
-            lines.append(f"best      {self.best / LORA_FILE}")
-            lines.append(f"again     acestep-ray train --config {self.best / 'train.yaml'}")
-        lines.append(f"report    {self.folder / REPORT / PAGE_FILE}")
+            lines.append(f"best      {self.best.url_of(LORA_FILE)}")
+            lines.append(f"again     acestep-ray train --config {self.best.url_of('train.yaml')}")
+        lines.append(f"report    {self.folder.child(REPORT).url_of(PAGE_FILE)}")
         if self.tracking_uri is not None:
             lines.append(f"MLflow    mlflow ui --backend-store-uri {self.tracking_uri}")
         if self.retrained is not None:
@@ -110,63 +110,64 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write_best(
-    folder: Path, record: TrialRecord, records: Records, config: TrainConfig, lora: Mapping[str, Any]
+    folder: Store, record: TrialRecord, records: Records, config: TrainConfig, lora: Mapping[str, Any]
 ) -> None:
     """Write the winner: its LoRA configuration, its LoRA at the best step, and the settings that train it again.
 
     `config` and `lora` are what a trial's run had, but for its names and the paces of a search.
     """
-    folder.mkdir(exist_ok=True)
     checkpoint = records.best_checkpoint(record)
     if checkpoint is not None:
-        (folder / LORA_FILE).write_bytes(checkpoint.read_bytes(LORA_FILE))
-    (folder / "lora_config.json").write_text(json.dumps(lora, indent=4) + "\n", encoding="utf-8")
-    config = replace(config, lora_config_path=str(folder / "lora_config.json"))
-    (folder / "train.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        folder.write_bytes(LORA_FILE, checkpoint.read_bytes(LORA_FILE))
+    folder.write_bytes("lora_config.json", (json.dumps(lora, indent=4) + "\n").encode())
+    config = replace(config, lora_config_path=folder.url_of("lora_config.json"))
+    folder.write_bytes("train.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], records: Records, space: str) -> None:
     """Write the pictures and a page that holds them and the table, and needs no other file."""
     folder.mkdir(exist_ok=True)
+    page = Page(records.folder.name)
+    page.verbatim(space)
+    add_trials(page, rows, draw_pictures(folder, records))
+    page.write(folder / PAGE_FILE)
+
+
+def draw_pictures(folder: Path, records: Records) -> dict[Path, str]:
+    """Draw what there is to be seen of a search into `folder`: PNG files, each with what it shows."""
     ranked = records.ranked()
-    pictures = []
-    if ranked:
-        draw_parallel_coordinates(ranked, folder / PARALLEL)
-        pictures.append(folder / PARALLEL)
-        if draw_rank_by_learning_rate(ranked, folder / RANK_BY_RATE):
-            pictures.append(folder / RANK_BY_RATE)
-    (folder / PAGE_FILE).write_text(_page(records.folder.name, rows, pictures, space), encoding="utf-8")
+    if not ranked:
+        return {}
+    draw_parallel_coordinates(ranked, folder / PARALLEL)
+    best = ", ".join(f"{name} {value}" for name, value in ranked[0].params.items())
+    pictures = {
+        folder
+        / PARALLEL: f"The parameters of {len(ranked)} trials and their validation losses; the best has {best}"
+    }
+    if draw_rank_by_learning_rate(ranked, folder / RANK_BY_RATE):
+        pictures[folder / RANK_BY_RATE] = (
+            "Rank by learning rate of every trial, coloured by its validation loss"
+        )
+    return pictures
 
 
-def _page(name: str, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Path], space: str) -> str:
+def add_trials(page: Page, rows: Sequence[Mapping[str, Any]], pictures: Mapping[Path, str]) -> None:
+    """Add pictures of a search, and its trials as `trial_rows` gives them, to a page."""
+    page.section(
+        "Trials",
+        "Trials by their lowest validation loss: over fixed noise, of songs that are not trained on. “train” is that "
+        "of songs that are; “gap” is how much more the loss has fallen on these than on those: what was learned by "
+        "heart.",
+    )
+    for path, shows in pictures.items():
+        page.figure(path, shows)
+    if not rows:
+        page.note("No trial was begun (yet).")
+        return
     left_out = {"validations", "mlflow_run", "checkpoint"}
-    columns = [column for column in rows[0] if column not in left_out] if rows else []
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(row[column]))}</td>" for column in columns) + "</tr>"
-        for row in rows
-    )
-    images = "\n".join(
-        f'<p><img alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}"></p>'
-        for path in pictures
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title><style>
-body {{ font-family: sans-serif; margin: 2em; }} img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; font-size: 0.85em; }}
-td, th {{ border: 1px solid #ccc; padding: 0.25em 0.6em; text-align: left; }}
-tbody tr:first-child {{ background: #e8f5e9; }}
-</style></head><body>
-<h1>{html.escape(name)}</h1>
-<p>Trials by their lowest validation loss: over fixed noise, of songs that are not trained on. <b>train</b> is that of
-songs that are; <b>gap</b> is how much more the loss has fallen on these than on those: what was learned by heart.</p>
-<pre>{html.escape(space)}</pre>
-{images}
-<table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table></body></html>
-"""
+    columns = [column for column in rows[0] if column not in left_out]
+    cells = [[row[column] for column in columns] for row in rows]
+    page.table(columns, cells, marked=None if rows[0]["validation"] is None else 0)
 
 
 def _cell(value: Any) -> str:

@@ -60,7 +60,7 @@ def test_what_was_saved_and_never_reported_is_in_the_record(tmp_path):
 
 def write_checkpoints(records: Records) -> None:
     """The last and the best checkpoint of the second trial, as a run with `keep_last` 1 leaves them."""
-    store = Store.at(records.folder / "trials" / "trial-0001" / "checkpoints")
+    store = records.folder.child("trials/trial-0001/checkpoints")
     losses = {
         "validation": {"0": 1.0, "4": 0.8, "8": 0.4, "12": 0.5},
         "fixed_noise": {"0": 0.95, "4": 0.55, "8": 0.15, "12": 0.25},
@@ -93,7 +93,7 @@ def test_the_gap_is_what_was_learned_by_heart_since_the_start(records):
 def test_the_page_needs_no_other_file(records, tmp_path):
     write_report(tmp_path / "report", trial_rows(records), records, "  rank  log2int(4, 64)")
     page = (tmp_path / "report" / PAGE_FILE).read_text(encoding="utf-8")
-    assert len(re.findall(r'src="data:image/png;base64,[A-Za-z0-9+/=]{1000,}"', page)) == 2
+    assert len(re.findall(r'src="data:image/(?:png|webp);base64,[A-Za-z0-9+/=]{1000,}"', page)) == 2
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "out of &lt;memory&gt;" in page
     assert page.index("trial-0001") < page.index("trial-0002") < page.index("trial-0003")
@@ -122,7 +122,9 @@ def test_a_search_in_which_all_failed_has_a_page_without_pictures(tmp_path):
 
 def test_the_winner_has_its_best_lora_its_configuration_and_settings_that_read_back(records, tmp_path):
     config = TrainConfig(dataset_path="cache", checkpoint_dir="checkpoint", max_steps=12)
-    write_best(tmp_path / "best", records.ranked()[0], records, config, {"r": 64, "lora_alpha": 128})
+    write_best(
+        Store.at(tmp_path / "best"), records.ranked()[0], records, config, {"r": 64, "lora_alpha": 128}
+    )
     assert (tmp_path / "best" / "pytorch_lora_weights.safetensors").read_bytes() == b"of step 8"
     settings = yaml.safe_load((tmp_path / "best" / "train.yaml").read_text(encoding="utf-8"))
     found = TrainConfig(**settings)
@@ -135,8 +137,8 @@ def test_the_terminal_shows_trials_the_winner_and_what_failed(records, tmp_path)
     summary = TuneSummary(
         trials=trial_rows(records),
         space=["rank", "alpha", "learning_rate"],
-        best=tmp_path / "best",
-        folder=tmp_path,
+        best=Store.at(tmp_path / "best"),
+        folder=Store.at(tmp_path),
         tracking_uri=None,
         wall_seconds=61.0,
         retrained=None,

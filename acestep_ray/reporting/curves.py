@@ -1,0 +1,155 @@
+"""What a run measured, step by step, as TensorBoard or MLflow has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from acestep_ray.errors import InputError
+from acestep_ray.tracking.mlflow_run import MLflowRun, reason_of, short_requests, without_password
+
+Curve = Mapping[int, float]
+"""Values by step, ascending."""
+
+_Answer = TypeVar("_Answer")
+
+MLFLOW_FILE = "mlflow.json"
+_REQUEST_SECONDS = 10
+_SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class Log:
+    """The curves of a run."""
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    """By the name that training gives them, such as `loss/denoising`."""
+    source: str | None = None
+    """Where they were read; None where there are none."""
+    began: float | None = None
+    ended: float | None = None
+    """When the first and the last value were written, in seconds since 1970; None where that is not known."""
+
+    def __getitem__(self, name: str) -> Curve:
+        """A curve; an empty one where it was not measured."""
+        return self.curves.get(name, {})
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What MLflow says of a run, besides its curves."""
+
+    tracking_uri: str
+    run_id: str
+    status: str
+    """RUNNING, FINISHED, FAILED or KILLED."""
+    tags: dict[str, str]
+
+
+def find_logs(experiment: Path, logger_dir: str | None, trial: str = "") -> Path | None:
+    """The folder with TensorBoard's events of an experiment, or of a search's trial; None without one.
+
+    `logger_dir` is what the settings name.
+    """
+    # The settings' path may be relative to where training was started.
+    for logs in (Path(logger_dir or ""), experiment.parent / "logs"):
+        folder = logs / experiment.name / trial
+        if logger_dir and any(folder.glob("events.out.tfevents.*")):
+            return folder
+    return None
+
+
+def read_events(folder: Path) -> Log:
+    """The curves in TensorBoard's events; none where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return Log()
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+    scalars = {name: events.Scalars(name) for name in events.Tags()[SCALARS]}
+    times = [event.wall_time for values in scalars.values() for event in values]
+    return Log(
+        # A step that was done again after a resume is there twice; the later one counts.
+        curves={
+            name: {event.step: event.value for event in sorted(values, key=lambda event: event.step)}
+            for name, values in scalars.items()
+        },
+        source=str(folder) if scalars else None,
+        began=min(times, default=None),
+        ended=max(times, default=None),
+    )
+
+
+def read_mlflow(experiment: Path) -> TrackedRun | None:
+    """What MLflow says of an experiment's run; None where it was not tracked.
+
+    Raises InputError where MLflow does not answer, or does not know the run.
+    """
+    run = _noted_run(experiment)
+    if run is None:
+        return None
+    found = _ask(run, lambda client: client.get_run(run.run_id))
+    return TrackedRun(
+        without_password(run.tracking_uri), run.run_id, found.info.status, dict(found.data.tags)
+    )
+
+
+def read_mlflow_curves(experiment: Path) -> Log:
+    """The curves that MLflow has of an experiment's run. Raises what `read_mlflow` raises."""
+    run = _noted_run(experiment)
+    if run is None:
+        return Log()
+
+    def read(client: Any) -> dict[str, list[Any]]:
+        names = client.get_run(run.run_id).data.metrics
+        return {name: client.get_metric_history(run.run_id, name) for name in names}
+
+    histories = _ask(run, read)
+    times = [metric.timestamp / 1000 for history in histories.values() for metric in history]
+    return Log(
+        curves={
+            name: {
+                metric.step: metric.value for metric in sorted(history, key=lambda m: (m.step, m.timestamp))
+            }
+            for name, history in histories.items()
+        },
+        source=f"MLflow at {without_password(run.tracking_uri)}" if histories else None,
+        began=min(times, default=None),
+        ended=max(times, default=None),
+    )
+
+
+def _noted_run(experiment: Path) -> MLflowRun | None:
+    noted = experiment / MLFLOW_FILE
+    try:
+        return MLflowRun(**json.loads(noted.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"what is noted of MLflow's run cannot be read ({error})", where=str(noted)
+        ) from None
+
+
+def _ask(run: MLflowRun, question: Callable[[Any], _Answer]) -> _Answer:
+    """MLflow's answer. Raises InputError where there is none."""
+    if importlib.util.find_spec("mlflow") is None:
+        raise InputError("MLflow, which has more of this run, is not installed", fix="pip install mlflow")
+    database = Path(run.tracking_uri.removeprefix(_SQLITE).partition("?")[0])
+    if run.tracking_uri.startswith(_SQLITE) and not database.is_file():  # MLflow would make a new one
+        raise InputError("MLflow's database is not there", where=str(database))
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    try:
+        with short_requests(run.tracking_uri, _REQUEST_SECONDS):
+            return question(MlflowClient(run.tracking_uri))
+    except Exception as error:  # every kind of store and network has errors of its own
+        raise InputError(
+            f"MLflow does not tell of this run ({reason_of(error)})", where=without_password(run.tracking_uri)
+        ) from None

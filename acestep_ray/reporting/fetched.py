@@ -1,0 +1,51 @@
+"""Experiments in object storage, brought to this machine for as long as their page is made."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from acestep_ray.export.source import SETTINGS_FILE
+from acestep_ray.storage import Store, is_url
+from acestep_ray.storage.folders import download_files, told_of
+from acestep_ray.training.experiment import CHECKPOINTS
+
+_TENSORS = ".safetensors"
+_EVENTS = "events.out.tfevents."
+
+
+@contextlib.contextmanager
+def fetched_experiment(experiment: Store) -> Iterator[Path]:
+    """A folder on this machine with all of an experiment but its checkpoints' tensors, and its logs beside it.
+
+    A local experiment is where it is. Mistakes that are found in the copy are told of the original.
+    """
+    if experiment.is_local:
+        yield experiment.path
+        return
+    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as temporary:
+        folder = Path(temporary, experiment.name)
+        folder.mkdir()
+        names = [
+            name for name in experiment.names() if not (name.endswith(_TENSORS) and f"{CHECKPOINTS}/" in name)
+        ]
+        download_files(experiment, names, folder)
+        logs = _logs_of(experiment, folder)
+        if logs is not None:
+            events = [name for name in logs.names() if name.rpartition("/")[2].startswith(_EVENTS)]
+            download_files(logs, events, folder.parent / "logs" / experiment.name)
+        with told_of(experiment, folder):
+            yield folder
+
+
+def _logs_of(experiment: Store, folder: Path) -> Store | None:
+    """Where the experiment's events are, if that is in object storage."""
+    for settings in (folder / SETTINGS_FILE, folder / "best" / SETTINGS_FILE):
+        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+            logger_dir = yaml.safe_load(settings.read_text(encoding="utf-8"))["logger_dir"]
+            return Store.at(logger_dir).child(experiment.name) if is_url(logger_dir) else None
+    return None

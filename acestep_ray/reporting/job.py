@@ -1,0 +1,92 @@
+"""The report job: one page of a run, a search, or a quickstart's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from acestep_ray.errors import InputError
+from acestep_ray.reporting.fetched import fetched_experiment
+from acestep_ray.reporting.page import Page
+from acestep_ray.reporting.run import is_run, read_run
+from acestep_ray.reporting.run_page import write_run
+from acestep_ray.reporting.samples import add_sample
+from acestep_ray.reporting.search_page import is_search, write_search
+from acestep_ray.reporting.sections import size_of
+from acestep_ray.storage import Store
+
+PAGE_FILE = "report.html"
+_MUSIC = "music.wav"
+_EXPERIMENTS = "exps"
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """A page that was written."""
+
+    page: str
+    """Path or URL."""
+    num_bytes: int
+    notes: list[str]
+    """What it warns of."""
+
+    def render(self) -> str:
+        """The summary as text."""
+        lines = [f"report   {self.page} ({size_of(self.num_bytes)})"]
+        return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
+
+
+def report(experiment: str, output: str | None = None) -> ReportSummary:
+    """Write the page of a run, finished or not, of a search, or of what `quickstart` made; paths may be URLs.
+
+    Raises InputError where there is nothing of these, and where the page cannot be written.
+    """
+    store = Store.at(experiment)
+    page = Page(store.name)
+    with fetched_experiment(store) as folder:
+        if not folder.is_dir():
+            raise InputError(
+                "no such folder", where=experiment, fix="give the folder of an experiment, such as exps/NAME"
+            )
+        fill(page, folder, store.url)
+        target = output or store.url_of(PAGE_FILE)
+        return ReportSummary(target, page.write(target), page.notes)
+
+
+def fill(page: Page, folder: Path, place: str) -> None:
+    """Fill a page with what is in a folder, or in a copy of the one at `place`. Raises InputError for nothing known."""
+    if is_search(folder):
+        write_search(page, folder, place)
+        return
+    if is_run(folder):
+        write_run(page, read_run(folder, place))
+        return
+    runs = _runs_below(folder)
+    if runs and (folder / _EXPERIMENTS).is_dir():
+        write_quickstart(page, folder, runs[-1])
+        return
+    known = f"; in it are the experiments {', '.join(run.name for run in runs)}" if runs else ""
+    raise InputError(
+        f"nothing of a run is here{known}",
+        where=place,
+        fix="give the folder of a run or a search, such as exps/NAME, or that of a quickstart",
+    )
+
+
+def write_quickstart(page: Page, folder: Path, run: Path) -> None:
+    """Fill a page with the music and the last run of a quickstart."""
+    if (folder / _MUSIC).is_file():
+        page.section("The music", "Made at the end, with the LoRA.")
+        try:
+            add_sample(page, folder / _MUSIC, None)
+        except InputError as error:
+            page.note(str(error))
+    page.section("The run", f"{run.name}, the last one in {folder / _EXPERIMENTS}.")
+    write_run(page, read_run(run))
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    """Runs in a folder, or in its folder of experiments, the last one last."""
+    below = folder / _EXPERIMENTS if (folder / _EXPERIMENTS).is_dir() else folder
+    runs = [path for path in below.iterdir() if path.is_dir() and (is_run(path) or is_search(path))]
+    return sorted(runs, key=lambda path: path.stat().st_mtime)
