@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import posixpath
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import datasets
 
 REQUIRED_COLUMNS = ("keys", "filename")
+COLUMNS = (*REQUIRED_COLUMNS, "tags", "norm_lyrics", "speaker_emb_path", "recaption", "language")
+"""All that a row may have; others are left alone."""
 
 # An Arrow struct cannot be without fields; a dataset without any recaption gets this one, always null.
 FALLBACK_RECAPTION = "simplified"
@@ -103,9 +106,9 @@ def row_tags(row: Mapping[str, Any]) -> list[str]:
 
 
 def row_recaption(row: Mapping[str, Any]) -> dict[str, str]:
-    """Recaptions of a row by name; those that are None or blank are dropped."""
+    """Recaptions of a row by name; those that are None, blank or no text are dropped."""
     recaption = row.get("recaption") or {}
-    return {name: text.strip() for name, text in recaption.items() if text and text.strip()}
+    return {name: text.strip() for name, text in recaption.items() if isinstance(text, str) and text.strip()}
 
 
 def row_text(row: Mapping[str, Any], column: str) -> str:
@@ -113,13 +116,16 @@ def row_text(row: Mapping[str, Any], column: str) -> str:
     return row.get(column) or ""
 
 
-def open_dataset(path: str | os.PathLike[str], split: str = "train") -> datasets.Dataset:
+def open_dataset(
+    path: str | os.PathLike[str], split: str = "train", warnings: list[str] | None = None
+) -> datasets.Dataset:
     """One split of a dataset directory, checked: columns and their types, keys unique, no empty file name.
 
     A directory that holds a single dataset has the split `train` alone. Of a directory in object storage, the rows
     are copied to a temporary place on disk (not the audio), and mapped into memory from there.
 
-    Raises InputError for every mistake.
+    Rows that repeat an earlier one wholly, as the original's converter writes them, are left out; `warnings` gets a
+    line that says so. Raises InputError for every mistake.
     """
     store = Store.at(path)
     where = store.url if is_url(path) else str(path)
@@ -140,11 +146,20 @@ def open_dataset(path: str | os.PathLike[str], split: str = "train") -> datasets
             where=where,
             fix=f"required are {' and '.join(REQUIRED_COLUMNS)}; it has {', '.join(dataset.column_names)}",
         )
-    _check_types(dataset.features.arrow_schema, where)
+    schema = dataset.features.arrow_schema
+    _check_types(schema, where)
+    if warnings is not None and (others := _recaptions_without_text(schema)):
+        warnings.append(f"{where}: the recaptions {', '.join(others)} hold no text and are left out")
     for name in REQUIRED_COLUMNS:
         _check_filled(name, dataset[name][:], where)
-    check_unique_keys(dataset["keys"][:], where)
-    return dataset
+    once = _without_repeats(dataset)
+    if warnings is not None and len(once) < len(dataset):
+        warnings.append(
+            f"{where}: {len(dataset) - len(once)} of its {len(dataset)} rows repeat another one and are left out; "
+            "training goes over the songs as often as --max_steps says"
+        )
+    check_unique_keys(once["keys"][:], where)
+    return once
 
 
 def is_dataset_dir(path: str | os.PathLike[str]) -> bool:
@@ -299,9 +314,31 @@ def _is_tags(kind: pa.DataType) -> bool:
 
 
 def _is_recaption(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return all(_is_text(field.type) or pa.types.is_null(field.type) for field in kind)
-    return pa.types.is_null(kind)
+    return pa.types.is_struct(kind) or pa.types.is_null(kind)
+
+
+def _recaptions_without_text(schema: pa.Schema) -> list[str]:
+    """Names of recaptions that hold something else, such as the `analysis` of the original's instructions."""
+    if "recaption" not in schema.names or not pa.types.is_struct(schema.field("recaption").type):
+        return []
+    fields = schema.field("recaption").type
+    return [field.name for field in fields if not (_is_text(field.type) or pa.types.is_null(field.type))]
+
+
+def _without_repeats(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The dataset without rows that are the same as an earlier one in every column that is read."""
+    keys = dataset["keys"][:]
+    if len(set(keys)) == len(keys):
+        return dataset
+    # Of a column of audio every row would be decoded.
+    rows = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+    seen, first = set(), []
+    for number, row in enumerate(rows):
+        content = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
+        if content not in seen:
+            seen.add(content)
+            first.append(number)
+    return dataset.select(first)
 
 
 def _check_filled(column: str, values: list[str | None], where: str) -> None:

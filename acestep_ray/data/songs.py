@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import datasets
 
-from acestep_ray.data.schema import check_unique_keys, open_dataset
+from acestep_ray.data.schema import COLUMNS, check_unique_keys, open_dataset
 from acestep_ray.data.sources import (
     TABLE_SUFFIXES,
     Findings,
@@ -22,14 +22,15 @@ from acestep_ray.data.sources import (
     songs_of_table,
 )
 from acestep_ray.errors import InputError
-from acestep_ray.storage import Store, StoredFile
-
-_COLUMNS = ("keys", "filename", "tags", "norm_lyrics", "speaker_emb_path", "recaption", "language")
+from acestep_ray.storage import Store, StoredFile, is_url
 
 # Any of these in a directory means that it is, or was, a dataset, and no folder of songs.
-_DATASET_FILES = ("dataset_dict.json", "state.json", "dataset_info.json", "prepare.json")
+_MARKER = "prepare.json"
+_DATASET_FILES = ("dataset_dict.json", "state.json", "dataset_info.json", _MARKER)
 
 _SHOWN_PROBLEMS = 20
+# Rows by whose files it is found out what file names are relative to.
+_LOOKED_AT = 100
 
 
 class SongTable:
@@ -67,9 +68,10 @@ class SongTable:
             _check_split(split, table.url)
             return cls._of_source(table.store, songs_of_table(table, findings), findings, table.url)
         if any(root.status(name) is not None for name in _DATASET_FILES):
-            columns = open_dataset(place, split)
+            columns = open_dataset(place, split, findings.warnings)
             # A column of audio would be decoded with every row.
-            return cls(root, columns.select_columns([n for n in _COLUMNS if n in columns.column_names]), [])
+            rows = columns.select_columns([name for name in COLUMNS if name in columns.column_names])
+            return cls(_root_of_files(root, rows, findings.warnings), rows, findings.warnings)
         if root.is_local and not os.path.isdir(root.url):
             what = (
                 "is neither a directory nor a table of songs"
@@ -140,6 +142,24 @@ class _RowFile:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for start, end in pairwise(self._offsets):
             yield json.loads(os.pread(self._file.fileno(), end - start, start))
+
+
+def _root_of_files(dataset: Store, rows: datasets.Dataset, warnings: list[str]) -> Store:
+    """The directory that a dataset's file names are relative to.
+
+    That is the dataset's own. The original reads them from the working directory, and its converter writes them so:
+    where the dataset's directory has none of the first files, the working directory or the dataset's parent is taken,
+    if it has one.
+    """
+    if not dataset.is_local or dataset.status(_MARKER) is not None:
+        return dataset
+    names = [name for name in rows[:_LOOKED_AT]["filename"] if not (is_url(name) or name.startswith("/"))]
+    for root in (dataset, Store.at("."), Store.at(dataset.path.parent)):
+        if any(os.path.exists(os.path.join(root.url, name)) for name in names):
+            if root != dataset:
+                warnings.append(f"{dataset.url}: its file names are taken as relative to {root.url}")
+            return root
+    return dataset
 
 
 def _row_of(song: SourceSong) -> dict[str, Any]:

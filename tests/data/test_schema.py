@@ -154,7 +154,7 @@ def test_missing_columns_are_named(tmp_path):
         ("tags", [1, 2]),
         ("norm_lyrics", ["a"]),
         ("recaption", "a song"),
-        ("recaption", {"simplified": 3}),
+        ("recaption", ["a song"]),
     ],
 )
 def test_columns_of_a_wrong_type_are_named(tmp_path, column, value):
@@ -172,7 +172,8 @@ def test_rows_without_key_or_file_name_are_listed(tmp_path, column, value):
 
 
 def test_duplicate_keys_are_listed(tmp_path):
-    message = refusal(save(rows("a", "b", "c", "b", "a", "b"), tmp_path / "set"))
+    content = [row | {"norm_lyrics": str(i)} for i, row in enumerate(rows("a", "b", "c", "b", "a", "b"))]
+    message = refusal(save(content, tmp_path / "set"))
     assert "2 keys" in message
     assert "keys a, b" in message
 

@@ -472,7 +472,7 @@ def test_mistakes_in_a_dataset_are_those_of_open_dataset(memory, tmp_path):
         [
             ([{"keys": "a", "file": "a.wav"}], "lacks the column filename"),
             ([row("a", filename=None), row("b")], "have nothing in the column filename"),
-            ([row("a"), row("a")], "more than once"),
+            ([row("a"), row("a", filename="b.wav")], "more than once"),
             ([row("a", tags=[1])], "column tags holds"),
         ]
     ):
