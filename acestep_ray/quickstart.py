@@ -60,9 +60,9 @@ class QuickstartSummary:
                 f"{self.trained.first_loss:.4f} → {self.trained.last_loss:.4f} from the first step to step "
                 f"{self.trained.steps}; on fixed noise {fixed[0]:.4f} → {fixed[-1]:.4f}",
             ),
-            (
-                "music",
-                f"{self.generated.audio} ({self.generated.seconds:.1f} s), {self.generated.picture.name}",
+            *(
+                ("music", f"{song.audio} ({song.seconds:.1f} s), {song.picture.name}")
+                for song in self.generated.songs
             ),
             ("took", f"{self.wall_seconds:.0f} s"),
             ("next", self.next_command),

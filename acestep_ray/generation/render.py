@@ -1,21 +1,20 @@
-"""From conditions to sound: sample latents, decode them, write audio and a picture of it."""
+"""From noise and latents to sound, and a picture of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import soundfile
+import psutil
 import torch
 from torch import Tensor
 
-from acestep_ray.diffusion.sampler import sample
-from acestep_ray.models.codec import SAMPLE_RATE, MusicCodec
-from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.generation.audio import write_audio as write_audio
+from acestep_ray.models.codec import MEL_FRAMES_PER_LATENT, SAMPLE_RATE, MusicCodec
+from acestep_ray.models.mel import N_MELS
 
-# soundfile chooses the format by the suffix; what a suffix means beyond that is decided here.
-SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16", ".ogg": "VORBIS", ".mp3": "MPEG_LAYER_III"}
+# Copies of the decoder's widest layer that are alive at once are 4.7; the rest is for what convolutions work in.
+_DECODER_COPIES = 6
 
 
 def starting_noise(frames: int, seed: int) -> Tensor:
@@ -23,49 +22,29 @@ def starting_noise(frames: int, seed: int) -> Tensor:
     return torch.randn(1, 8, 16, frames, generator=torch.Generator().manual_seed(seed))
 
 
-def render(
-    transformer: ACEStepTransformer,
-    codec: MusicCodec,
-    condition: dict[str, Tensor],
-    *,
-    frames: int,
-    seed: int,
-    steps: int,
-    guidance_scale: float,
-    omega: float,
-    shift: float,
-    overlapped: bool = False,
-    on_step: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Sound (2, samples) float32 at 48 kHz of `frames` latent frames; `condition` is for one song."""
-    device = condition["text"].device
-    latents = sample(
-        transformer,
-        starting_noise(frames, seed).to(device),
-        condition,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        omega=omega,
-        shift=shift,
-        on_step=on_step,
-    )
-    return decode(codec, latents, overlapped=overlapped)
+def decoding_bytes(codec: MusicCodec, frames: int) -> int:
+    """Memory that decoding `frames` latent frames in one piece takes, about a quarter more than all its tensors."""
+    channels = codec.autoencoder.config.decoder_block_out_channels[0]
+    return _DECODER_COPIES * channels * N_MELS * MEL_FRAMES_PER_LATENT * frames * 4
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could still take on `device`."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 @torch.no_grad()
 def decode(codec: MusicCodec, latents: Tensor, *, overlapped: bool = False) -> np.ndarray:
-    """Latents (1, 8, 16, W) → sound (2, samples) float32 at 48 kHz, within [−1, 1]."""
+    """Latents (1, 8, 16, W) → sound (2, samples) float32 at 48 kHz, within [−1, 1].
+
+    `overlapped` bounds the memory, and changes the sound slightly near the windows' edges.
+    """
     with torch.autocast(latents.device.type, enabled=False):
         to_sound = codec.decode_overlapped if overlapped else codec.decode
         return to_sound(latents.float())[0].clamp(-1, 1).cpu().numpy()
-
-
-def write_audio(path: Path, waveform: np.ndarray) -> None:
-    """Write (2, samples) at 48 kHz in the format of the suffix, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    soundfile.write(partial, waveform.T, SAMPLE_RATE, subtype=SUBTYPES[path.suffix.lower()])
-    partial.replace(path)
 
 
 def write_mel_picture(path: Path, waveform: np.ndarray, title: str) -> None:

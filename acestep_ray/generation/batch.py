@@ -1,0 +1,171 @@
+"""Many songs of a JSON-lines file, made on a Ray cluster: what is there already is kept, a song that fails fails alone.
+
+`songs` reads the file, `graph` spreads the work, `records` are the files that come out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ray.exceptions import RayError, RayTaskError
+
+from acestep_ray.config import GenerateConfig
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.generation.graph import Outcome, choose_pool, make_songs
+from acestep_ray.generation.models import choose_models, is_bfloat16
+from acestep_ray.generation.records import Recipe, find_made
+from acestep_ray.generation.requests import songs_of_file
+from acestep_ray.generation.song import Song, together
+from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.ray_runtime import connect
+from acestep_ray.storage import StorageError, Store
+
+RESULTS = "results.jsonl"
+"""A row for every song, in the order of the requests."""
+
+DEFAULT_FORMAT = "wav"
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """What became of a batch."""
+
+    output: str
+    """The folder: a path or a URL."""
+    outcomes: list[Outcome]
+    """Of every song, in the order of the requests."""
+    unchanged: int
+    """Songs that an earlier run had made."""
+    wall_seconds: float
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """Songs that could not be made."""
+        return [outcome for outcome in self.outcomes if outcome.error is not None]
+
+    @property
+    def unfinished(self) -> str | None:
+        """What is left to do, for which the command's exit code is 1; None where all songs are there."""
+        if not self.failed:
+            return None
+        return f"{len(self.failed)} of {len(self.outcomes)} songs failed\n  → the same command makes what is missing"
+
+    def render(self) -> str:
+        """The summary as text."""
+        made = len(self.outcomes) - self.unchanged - len(self.failed)
+        seconds = sum(outcome.seconds or 0 for outcome in self.outcomes)
+        lines = [
+            f"songs      {self.output}",
+            f"  all      {len(self.outcomes)} = {made} made + {self.unchanged} unchanged + {len(self.failed)} failed",
+            f"  music    {seconds:,.1f} s",
+        ]
+        lines += [f"  failed   {outcome.name}: {outcome.error}" for outcome in self.failed[:_LISTED]]
+        if len(self.failed) > _LISTED:
+            lines.append(f"  failed   … the others are in {RESULTS}")
+        return "\n".join([*lines, f"  took     {self.wall_seconds:.1f} s"])
+
+
+def generate_batch(config: GenerateConfig) -> BatchSummary:
+    """Make the songs of `--batch_path` that are not in `--output_dir` yet.
+
+    Raises InputError for a mistake in the settings or the file, before anything is made; AceStepError where a worker
+    fails for another reason than its song.
+    """
+    started = time.monotonic()
+    checkpoint = CheckpointDir.open(config.checkpoint_dir)
+    request = songs_of_file(config, checkpoint.transformer_config.speaker_embedding_dim)
+    choice = choose_models(config, checkpoint)
+    store = claim_output(config)
+    request.show_warnings()
+    connect()
+    pool = choose_pool(config.device, config.workers)
+    bfloat16 = is_bfloat16(config.precision, on_gpu=pool.device == "cuda")
+    choice = replace(choice, device=pool.device, precision="bf16" if bfloat16 else "32")
+    recipe = Recipe.of(choice, checkpoint, config.format or DEFAULT_FORMAT)
+    made = find_made(store, request.songs, recipe)
+    outcomes = {name: Outcome(name, seconds, None) for name, seconds in made.items()}
+    groups = together([song for song in request.songs if song.name not in made], config.batch_size)
+    # The longest first: at the end no one waits for a worker that began one late.
+    groups.sort(key=lambda group: -len(group) * group[0].frames * group[0].infer_steps)
+    total = len(request.songs)
+    if groups:
+        with _faults_explained():
+            for outcome in make_songs(groups, pool, choice, store, recipe):
+                outcomes[outcome.name] = outcome
+                told = "failed" if outcome.error is not None else f"{outcome.seconds:.1f} s"
+                print(f"{len(outcomes)}/{total} {outcome.name}: {told}", file=sys.stderr, flush=True)
+    write_results(store, request.songs, outcomes, recipe)
+    return BatchSummary(
+        output=store.url,
+        outcomes=[outcomes[song.name] for song in request.songs],
+        unchanged=len(made),
+        wall_seconds=time.monotonic() - started,
+    )
+
+
+def claim_output(config: GenerateConfig) -> Store:
+    """The output folder. Raises InputError where it cannot be written to, or the results would replace the requests."""
+    store = Store.at(config.output_dir)
+    if store.is_local and (store.path / RESULTS).resolve() == Path(config.batch_path).resolve():
+        raise InputError(
+            f"{RESULTS} of the output folder would replace the requests",
+            where=f"--batch_path {config.batch_path}",
+            fix="give another --output_dir",
+        )
+    try:
+        store.write_bytes(RESULTS, b"")
+    except (OSError, StorageError) as error:
+        raise InputError(f"cannot write here ({error})", where=f"--output_dir {config.output_dir}") from None
+    return store
+
+
+def write_results(store: Store, songs: Sequence[Song], outcomes: dict[str, Outcome], recipe: Recipe) -> None:
+    """Write a row for every song: line of its request, name, file, seed, seconds and error."""
+    rows = []
+    for song in songs:
+        outcome = outcomes[song.name]
+        row = {
+            "line": song.line,
+            "name": song.name,
+            "file": recipe.file(song) if outcome.error is None else None,
+            "seed": song.seed,
+            "seconds": outcome.seconds,
+            "error": outcome.error,
+        }
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    store.write_bytes(RESULTS, "".join(rows).encode())
+
+
+@contextmanager
+def _faults_explained() -> Iterator[None]:
+    """Ray's errors as one message with the cause, without Ray Data's own account of them on the console."""
+    consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
+    for console in consoles:
+        console.addFilter(_is_worth_showing)
+    try:
+        yield
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, InputError):
+            raise cause from None
+        # Ray Data adds advice on its own retries.
+        told = str(cause).partition("\nFailed to apply UDF")[0]
+        raise AceStepError(
+            f"generate stopped: {told}\n  → the songs that were made are kept; the same command goes on from there"
+        ) from error
+    finally:
+        for console in consoles:
+            console.removeFilter(_is_worth_showing)
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    """Warnings, such as that of a cluster without room for the models; errors are told by what is raised."""
+    return record.levelno == logging.WARNING and not record.getMessage().startswith("Progress bars disabled")

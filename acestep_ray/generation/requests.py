@@ -1,0 +1,290 @@
+"""What is asked for: songs of the flags of the command, or of the rows of a JSON-lines file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from acestep_ray.config import GenerateConfig
+from acestep_ray.data.lyrics import parse_language
+from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
+from acestep_ray.diffusion.solvers import SCHEDULERS
+from acestep_ray.errors import InputError
+from acestep_ray.generation.song import Song
+from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
+
+MAX_DURATION = 240.0
+
+NAME = "name"
+SETTINGS = (
+    "prompt",
+    "lyrics",
+    "language",
+    "duration",
+    "seed",
+    "infer_steps",
+    "guidance_scale",
+    "scheduler",
+    "omega",
+    "shift",
+    "speaker_emb_path",
+)
+"""What a song is made of: flags of the command, and fields of a row beside its name."""
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("duration", "guidance_scale", "omega", "shift"), ((int, float), "a number")),
+    "infer_steps": ((int,), "a whole number"),
+    "seed": ((int, str, list), "a whole number, or a list of them"),
+}
+_TEXT = ((str,), "text")
+# Files carry a suffix, and a longer one while they are written.
+_LONGEST_NAME = 200
+
+
+@dataclass(frozen=True)
+class Request:
+    """The songs of one description, and what was odd in it."""
+
+    songs: list[Song]
+    warnings: list[str]
+
+    def show_warnings(self) -> None:
+        """Tell what was odd, a line each."""
+        for warning in self.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def songs_of_flags(config: GenerateConfig, speaker_dim: int) -> Request:
+    """The songs of the flags, one for each seed, named after `--output_path`.
+
+    Raises InputError for the first flag that is wrong.
+    """
+    reader = _SettingsReader(Path(), speaker_dim)
+    values = reader.read_flags(config)
+    return Request(_songs(values, Path(config.output_path).stem, line=0), reader.warnings)
+
+
+def songs_of_file(config: GenerateConfig, speaker_dim: int) -> Request:
+    """The songs of `--batch_path` in their order; what a row does not set comes from the flags.
+
+    Files that rows name are relative to the folder of `--batch_path`. Raises one InputError with every line that is
+    wrong.
+    """
+    path = Path(config.batch_path)
+    where = f"--batch_path {path}"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read the songs ({error})", where=where, fix="give a file with one JSON object a line"
+        ) from None
+    flags = _SettingsReader(Path(), speaker_dim)
+    defaults = flags.read_flags(config)
+    reader = _SettingsReader(path.parent, speaker_dim)
+    songs: list[Song] = []
+    problems: list[str] = []
+    lines_of_names: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        found = len(problems)
+        problems += (f"line {number}: {problem}" for problem in _problems_of_form(line))
+        if len(problems) > found:
+            continue
+        row = {name: value for name, value in json.loads(line).items() if value is not None}
+        name = row.pop(NAME, f"{number:04d}")
+        values, wrong = reader.read(row)
+        problems += (f"line {number}: `{setting}`: {_told(error)}" for setting, error in wrong.items())
+        if wrong:
+            continue
+        made = _songs(defaults | values, name, line=number)
+        for song in made:
+            first = lines_of_names.setdefault(song.name, number)
+            if first != number:
+                problems.append(f"line {number}: `{song.name}` is the name of a song of line {first} already")
+        songs += made
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise InputError(
+            f"{len(problems)} mistakes in the songs",
+            where=f"{where}{listed}",
+            fix="what rows hold: docs/generate.md",
+        )
+    if not songs:
+        raise InputError("there are no songs", where=where, fix="give a file with one JSON object a line")
+    return Request(songs, [*flags.warnings, *reader.warnings])
+
+
+def read_lyrics(lyrics: str, folder: Path) -> str:
+    """The lyrics themselves, or the text of the file that they name, relative to `folder`.
+
+    Raises InputError for a file that is no text.
+    """
+    looks_like_a_path = "\n" not in lyrics and len(lyrics) < 1024
+    if not looks_like_a_path or not lyrics.strip():
+        return lyrics
+    path = folder / lyrics
+    if not os.path.isfile(path):
+        if path.suffix.lower() in (".txt", ".lyrics"):
+            raise InputError(f"no such file ({path})", fix="give the lyrics, or a file that holds them")
+        return lyrics
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the lyrics of {path} ({error})", fix="save as UTF-8") from None
+
+
+def parse_seeds(value: int | str | list) -> list[int]:
+    """The seeds of a number, of a list, or of a text with commas. Raises InputError."""
+    given = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        seeds = [int(seed) if isinstance(seed, str) else seed for seed in given]
+    except ValueError:
+        seeds = []
+    fix = "whole numbers from 0, with commas between them"
+    if not seeds or any(type(seed) is not int or not 0 <= seed < 2**63 for seed in seeds):
+        raise InputError("not a list of seeds", fix=fix)
+    if len(set(seeds)) < len(seeds):
+        raise InputError("a seed is given twice", fix="it would make the same song twice")
+    return seeds
+
+
+class _SettingsReader:
+    """Reads settings of songs; files are relative to one folder. What is not supported is noted, not refused."""
+
+    def __init__(self, folder: Path, speaker_dim: int):
+        self.folder = folder
+        self.speaker_dim = speaker_dim
+        self.warnings: list[str] = []
+
+    def read(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, InputError]]:
+        """The settings as songs hold them, and by name what is wrong with the others."""
+        read, wrong = {}, {}
+        for name, value in values.items():
+            try:
+                read[name] = None if value is None else self._read(name, value)
+            except InputError as error:
+                wrong[name] = error
+        return read, wrong
+
+    def read_flags(self, config: GenerateConfig) -> dict[str, Any]:
+        """The settings that the flags give. Raises InputError for the first that is wrong."""
+        given = {name: getattr(config, name) for name in SETTINGS}
+        read, wrong = self.read(given)
+        for name, error in wrong.items():
+            raise InputError(error.what, where=f"--{name} {given[name]}", fix=error.fix)
+        return read
+
+    def _read(self, name: str, value: Any) -> Any:
+        if name == "seed":
+            return parse_seeds(value)
+        if name == "lyrics":
+            return read_lyrics(value, self.folder)
+        if name == "language":
+            return self._language(value)
+        if name == "speaker_emb_path":
+            return self._speaker(value)
+        if name == "prompt":
+            return value
+        if name == "scheduler":
+            _check(value in SCHEDULERS, "unknown scheduler", ", ".join(SCHEDULERS))
+            return value
+        if name == "infer_steps":
+            _check(value >= 1, "at least one step is needed", "60 is usual")
+            return value
+        # Whole numbers of JSON can be larger than any float.
+        _check(abs(value) <= sys.float_info.max, "not a finite number", None)
+        if name == "duration":
+            _check(0 < value <= MAX_DURATION, "out of range", "from 1 to 240 seconds")
+            _check(
+                latent_frames(int(value * SAMPLE_RATE)) >= 1, "shorter than one latent frame", "from 1 second"
+            )
+        if name == "shift":
+            _check(value > 0, "has to be above 0", "3 is usual")
+        return float(value)
+
+    def _language(self, code: str) -> str | None:
+        try:
+            return parse_language(code)
+        except InputError as error:
+            warning = f"{error.what}: their languages are found line by line"
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+            return None
+
+    def _speaker(self, name: str) -> list[float]:
+        try:
+            return load_speaker_embedding(self.folder / name, self.speaker_dim).tolist()
+        except SpeakerEmbeddingError as error:
+            raise InputError(str(error)) from None
+
+
+def _check(is_right: bool, what: str, fix: str | None) -> None:
+    if not is_right:
+        raise InputError(what, fix=fix)
+
+
+def _told(error: InputError) -> str:
+    return error.what if error.fix is None else f"{error.what} ({error.fix})"
+
+
+def _problems_of_form(line: str) -> Iterator[str]:
+    """What is wrong with a row before its values are read."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        yield f"not JSON ({error.msg} at column {error.colno})"
+        return
+    except RecursionError:
+        yield "not JSON (nested too deep)"
+        return
+    if not isinstance(row, dict):
+        yield "not a JSON object"
+        return
+    for name, value in row.items():
+        if name != NAME and name not in SETTINGS:
+            yield f"`{name}` is unknown (rows have {', '.join((NAME, *SETTINGS))})"
+            continue
+        types, described = _TYPES.get(name, _TEXT)
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
+            yield f"`{name}` is {json.dumps(value)}, and has to be {described}"
+        elif name == NAME and value is not None and not is_name(value):
+            yield f"`{NAME}` is {json.dumps(value)}, and has to name a file within the output folder"
+
+
+def is_name(name: str) -> bool:
+    """Whether a song's file, without its suffix, may be called so: within the output folder, and not hidden."""
+    parts = name.split("/")
+    return (
+        not PurePosixPath(name).is_absolute()
+        and not any(part.startswith(".") or not part.strip() for part in parts)
+        and not any(character in '\\:*?"<>|' or not character.isprintable() for character in name)
+        and all(len(part.encode("utf-8", "replace")) <= _LONGEST_NAME for part in parts)
+    )
+
+
+def _songs(values: Mapping[str, Any], name: str, *, line: int) -> list[Song]:
+    seeds = values["seed"]
+    return [
+        Song(
+            name=name if len(seeds) == 1 else f"{name}-seed{seed}",
+            line=line,
+            prompt=values["prompt"],
+            lyrics=values["lyrics"],
+            language=values["language"],
+            frames=latent_frames(int(values["duration"] * SAMPLE_RATE)),
+            seed=seed,
+            infer_steps=values["infer_steps"],
+            guidance_scale=values["guidance_scale"],
+            scheduler=values["scheduler"],
+            omega=values["omega"],
+            shift=values["shift"],
+            speaker=values["speaker_emb_path"],
+        )
+        for seed in seeds
+    ]
