@@ -1,4 +1,4 @@
-"""The `acestep-ray` command: one subcommand a job, `checkpoint`, `cache` and `info`.
+"""The `acestep-ray` command: one subcommand a job, `checkpoint`, `cache`, `doctor` and `info`.
 
 A job's module is imported when its subcommand is called, so that `--help` and a mistyped flag answer at once.
 """
@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from acestep_ray import __version__
 from acestep_ray.config import (
+    EvaluateConfig,
     ExportConfig,
     ExtractConfig,
     GenerateConfig,
@@ -35,6 +36,7 @@ from acestep_ray.config import (
     TuneConfig,
 )
 from acestep_ray.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, AceStepError, InputError
+from acestep_ray.plain_yaml import load_yaml
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ JOBS = {
         ),
     ),
     "generate": Job(GenerateConfig, "acestep_ray.generation.job:generate"),
+    "evaluate": Job(EvaluateConfig, "acestep_ray.evaluation.job:evaluate"),
     "quickstart": Job(QuickstartConfig, "acestep_ray.quickstart:quickstart"),
 }
 EXPORT_ACTIONS = {
@@ -80,8 +83,14 @@ EXPORT_ACTIONS = {
     "mix": Job(MixConfig, "acestep_ray.export.mix:mix"),
 }
 CHECKPOINT_ACTIONS = {
-    "tiny": "acestep_ray.tiny_checkpoint:write_tiny_checkpoint",
-    "fetch": "acestep_ray.models.checkpoint:fetch_checkpoint",
+    "tiny": (
+        "acestep_ray.tiny_checkpoint:write_tiny_checkpoint",
+        "Write a complete tiny checkpoint with random weights.",
+    ),
+    "fetch": (
+        "acestep_ray.fetch.job:fetch_checkpoint",
+        "Download the released checkpoint and the SSL models, 10 GB; goes on where it was broken off.",
+    ),
 }
 CACHE_ACTIONS = {
     "verify": (
@@ -100,9 +109,17 @@ CACHE_ACTIONS = {
 CACHE_HELP = "Verify a feature cache, show what it holds, or delete what killed runs have left in it."
 EXPORT_HELP = "Write a LoRA for other programs (`lora`, may be left out), or merge, extract or mix LoRAs."
 INFO_HELP = "Show what a LoRA file holds: rank, alpha, targets, size, metadata, norm of each layer."
-CHECKPOINT_HELP = "Write a tiny checkpoint with random weights, or download the released one (8.3 GB)."
+DOCTOR_HELP = "Check this machine, a cluster and what jobs read and write: a line each, with what to do."
+REPORT_HELP = (
+    "Write one HTML page of a run, a search or a quickstart: curves, samples to play, songs, speed, settings."
+)
+CHECKPOINT_HELP = "Write a tiny checkpoint with random weights, or download the released one."
 
 
+# Settings that say where results go.
+_RESULTS = ("output_dir", "output_path", "exp_dir", "logger_dir", "checkpoints_dir")
+# Folder in which Ray unpacks what `ray job submit --working-dir` has uploaded.
+_RAY_COPIES = "working_dir_files"
 # Where torchao is installed, these warn of it whatever is imported.
 _TALKATIVE = ("torch.utils._pytree", "diffusers.quantizers.torchao")
 
@@ -189,7 +206,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 def build_parser() -> Parser:
     """The parser of the whole command."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
     parser = Parser(
         prog="acestep-ray",
         description="Training for the ACE-Step v1 music model, on Ray.",
@@ -213,10 +230,22 @@ def build_parser() -> Parser:
     info.add_argument("file", type=str, help="LoRA file or directory, training checkpoint or experiment.")
     info.add_argument("--json", action="store_true", help="Print one JSON object.")
     commands.add_subcommand("info", info, help=INFO_HELP)
+    report = Parser(prog="acestep-ray report", description=REPORT_HELP)
+    report.add_argument("experiment", type=str, help="Folder of a run, a search (exps/NAME) or a quickstart.")
+    report.add_argument(
+        "--output", type=str | None, help="HTML file to write; EXPERIMENT/report.html by default."
+    )
+    commands.add_subcommand("report", report, help=REPORT_HELP)
+    commands.add_subcommand("doctor", doctor_parser(), help=DOCTOR_HELP)
     checkpoint = Parser(prog="acestep-ray checkpoint", description=CHECKPOINT_HELP)
-    checkpoint.add_argument("action", choices=list(CHECKPOINT_ACTIONS), help="What to do.")
-    checkpoint.add_argument("dir", type=str, help="Checkpoint directory to write.")
     commands.add_subcommand("checkpoint", checkpoint, help=CHECKPOINT_HELP)
+    actions = checkpoint.add_subcommands(required=True, dest="action")
+    for name, (_, description) in CHECKPOINT_ACTIONS.items():
+        action = Parser(prog=f"acestep-ray checkpoint {name}", description=description)
+        action.add_argument("dir", type=str, help="Checkpoint directory to write.")
+        if name == "fetch":
+            add_fetch_arguments(action)
+        actions.add_subcommand(name, action, help=description)
     cache = Parser(prog="acestep-ray cache", description=CACHE_HELP)
     commands.add_subcommand("cache", cache, help=CACHE_HELP)
     actions = cache.add_subcommands(required=True, dest="action")
@@ -226,6 +255,42 @@ def build_parser() -> Parser:
         if name == "prune":
             action.add_argument("--dry_run", action="store_true", help="Only list the files.")
         actions.add_subcommand(name, action, help=description)
+    return parser
+
+
+def add_fetch_arguments(parser: Parser) -> None:
+    """The flags of `checkpoint fetch`."""
+    parser.add_argument(
+        "--mirror",
+        type=str | None,
+        help="Server to take the place of huggingface.co; $HF_ENDPOINT is read too. It gets no token.",
+    )
+    parser.add_argument(
+        "--only",
+        type=str | None,
+        help="Parts with commas between them: transformer, codec, vocoder, text_encoder, mert, m-hubert, lyric_vocab.",
+    )
+    parser.add_argument("--jobs", type=int, default=4, help="Files that are downloaded at a time.")
+
+
+def doctor_parser() -> Parser:
+    """The parser of `doctor`."""
+    parser = Parser(prog="acestep-ray doctor", description=DOCTOR_HELP)
+    for name, description in (
+        ("checkpoint_dir", "Checkpoint directory that should be whole."),
+        ("dataset_path", "Dataset, folder or table of songs of which some should open."),
+        ("cache", "Feature cache of which some songs should read."),
+        ("exp_dir", "Directory or URL of runs, that this machine and every node should read and write."),
+        ("tracking_uri", "MLflow server or database that should answer."),
+        ("address", "Ray cluster, HOST:PORT; $RAY_ADDRESS by default."),
+    ):
+        parser.add_argument(f"--{name}", type=str | None, help=description)
+    parser.add_argument(
+        "--fingerprint",
+        action="store_true",
+        help="Also read the checkpoint's weights: are they the released ones, and the cache's? Takes minutes.",
+    )
+    parser.add_argument("--json", dest="as_json", action="store_true", help="Print one JSON object.")
     return parser
 
 
@@ -240,8 +305,10 @@ def run(parsed: Namespace) -> None:
     """Call the job that was asked for and print its summary."""
     settings = parsed[parsed.command]
     if parsed.command == "checkpoint":
-        load(CHECKPOINT_ACTIONS[settings.action])(settings.dir)
-        print(f"checkpoint written to {settings.dir}")
+        target, _ = CHECKPOINT_ACTIONS[settings.action]
+        values = settings[settings.action].as_dict()
+        done = load(target)(values.pop("dir"), **values)
+        print(done.render() if settings.action == "fetch" else f"checkpoint written to {done.path}")
         return
     if parsed.command == "cache":
         target, _ = CACHE_ACTIONS[settings.action]
@@ -251,11 +318,38 @@ def run(parsed: Namespace) -> None:
     if parsed.command == "info":
         print(load("acestep_ray.export.info:info")(settings.file, as_json=settings.json).render())
         return
+    if parsed.command == "report":
+        print(load("acestep_ray.reporting.job:report")(settings.experiment, settings.output).render())
+        return
+    if parsed.command == "doctor":
+        report = load("acestep_ray.doctor.job:doctor")(**settings.as_dict())
+        print(report.render())
+        if report.unfinished:
+            raise AceStepError(report.unfinished)
+        return
     job = JOBS.get(parsed.command)
     if parsed.command == "export":
         job, settings = EXPORT_ACTIONS[settings.action], settings[settings.action]
     values = {name: value for name, value in settings.as_dict().items() if name != "config"}
-    print(load(job.target)(job.config(**values)).render())
+    check_places(values, Path.cwd())
+    summary = load(job.target)(job.config(**values))
+    print(summary.render())
+    if unfinished := getattr(summary, "unfinished", None):
+        raise AceStepError(unfinished)
+
+
+def check_places(values: Mapping[str, Any], working_dir: Path) -> None:
+    """Raise InputError for results in the working directory of a Ray job, a copy that Ray deletes some day."""
+    if _RAY_COPIES not in working_dir.parts:
+        return
+    for name in _RESULTS:
+        place = values.get(name)
+        if place is not None and "://" not in place and not Path(place).is_absolute():
+            raise InputError(
+                "a Ray job's working directory is a copy that does not last",
+                where=f"--{name} {place}",
+                fix="give an absolute path that all nodes share, or a URL",
+            )
 
 
 def check_settings_files(arguments: Sequence[str]) -> None:
@@ -265,7 +359,7 @@ def check_settings_files(arguments: Sequence[str]) -> None:
         if not flag.startswith("--config") or path in ("", flag):
             continue
         try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            settings = load_yaml(read_settings(path))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"cannot read the settings file ({reason})", where=f"--config {path}") from None
@@ -273,6 +367,15 @@ def check_settings_files(arguments: Sequence[str]) -> None:
             raise InputError(
                 "the settings file holds no settings, `name: value` a line", where=f"--config {path}"
             )
+
+
+def read_settings(path: str) -> str:
+    """The text of a settings file, a path or a URL."""
+    if "://" not in path:
+        return Path(path).read_text(encoding="utf-8")
+    from acestep_ray.storage import StoredFile
+
+    return StoredFile.at(path).read_bytes().decode()
 
 
 def load(target: str) -> Callable:
@@ -291,7 +394,9 @@ def with_switches_on(arguments: list[str]) -> list[str]:
     """`--allow_changes` of a job → `--allow_changes=true`, where no value follows."""
     jobs = EXPORT_ACTIONS if arguments[:1] == ["export"] else JOBS
     job = next((jobs[argument] for argument in arguments[:2] if argument in jobs), None)
-    switches = {f"--{field.name}" for field in fields(job.config) if field.type == "bool"} if job else ()
+    switches = (
+        {f"--{field.name}" for field in fields(job.config) if field.type.startswith("bool")} if job else ()
+    )
     return [
         f"{argument}=true" if argument in switches and (not value or value.startswith("--")) else argument
         for argument, value in pairwise([*arguments, ""])

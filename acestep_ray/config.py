@@ -60,6 +60,10 @@ class PrecomputeConfig:
     """Latent frames (padding included) that go through the encoders at once; a 240 s song has 2,584."""
     decode_workers: int | None = None
     """Songs that are decoded at a time; none uses the CPUs that are free."""
+    decode_resource: str | None = None
+    """Custom resource of the nodes that decode, such as cpu_node; none takes any node."""
+    encode_resource: str | None = None
+    """Custom resource of the nodes that encode, such as gpu_node; none takes any node."""
     encoder_workers: int | None = None
     """Encoder actors; none chooses up to four a GPU, one for every 12 GB, or one a node where there are no GPUs."""
     encoder_gpus: float | None = None
@@ -129,6 +133,8 @@ class TrainConfig:
     """Nodes; with `devices` on each."""
     min_devices: int | None = None
     """Workers in all with which the run also goes on when machines are lost; none waits for all of them."""
+    worker_resource: str | None = None
+    """Custom resource of the nodes that train, such as gpu_node; none takes any node."""
     max_failures: int = 3
     """Times that lost workers are started again, from the last checkpoint."""
     device: str = "auto"
@@ -191,12 +197,24 @@ class TrainConfig:
 
 @dataclass
 class GenerateConfig:
-    """Makes music from a prompt and lyrics."""
+    """Makes music from a prompt and lyrics, or from a file of many."""
 
     checkpoint_dir: str
     """Checkpoint directory of the base model, in the released layout."""
-    output_path: str
-    """Audio file to write (.wav, .flac, .ogg or .mp3); its mel picture lies beside it as .png."""
+    output_path: str | None = None
+    """Audio file to write (.wav, .flac, .ogg or .mp3), of several seeds NAME-seedN; its mel picture lies beside it as
+    .png."""
+    batch_path: str | None = None
+    """Instead of `output_path`: a JSON-lines file with a song a line, which may set prompt, lyrics, language, duration,
+    seed, infer_steps, guidance_scale, scheduler, omega, shift, speaker_emb_path, name; flags are its defaults."""
+    output_dir: str | None = None
+    """With `batch_path`: folder of the songs and of `results.jsonl`, a path or a URL; a rerun makes what is missing."""
+    format: str | None = None
+    """With `batch_path`: wav, flac, ogg or mp3; none is wav."""
+    workers: int | None = None
+    """With `batch_path`: models loaded on the cluster; none is one a GPU, or one a node where there are no GPUs."""
+    batch_size: int = 1
+    """Songs, of one length and sampled alike, that go through the transformer together."""
     transformer_path: str | None = None
     """Fine-tuned transformer to take instead of the checkpoint's: the folder that training all weights wrote."""
     prompt: str = ""
@@ -207,24 +225,26 @@ class GenerateConfig:
     """Language of all lyrics (en, de, fr, …); none detects it line by line."""
     duration: float = 60.0
     """Length in seconds, at most 240."""
-    seed: int = 0
-    """Same seed, same music."""
+    seed: int | str | list[int] = 0
+    """Same seed, same music; several with commas between them make a song each."""
     infer_steps: int = 60
     """Steps of the sampler."""
+    scheduler: str = "euler"
+    """euler, heun (of second order: twice the work a step) or pingpong (fresh noise in every step)."""
     guidance_scale: float = 15.0
     """Strength of the guidance; 1 turns it off."""
     omega: float = 10.0
-    """Granularity of the sampler's steps."""
+    """Granularity of the sampler's steps; pingpong has none."""
     shift: float = 3.0
     """Shift of the noise schedule."""
     lora_path: str | None = None
-    """LoRA: a `pytorch_lora_weights.safetensors` file or a directory that holds one."""
-    lora_weight: float = 1.0
-    """Strength of the LoRA."""
+    """LoRA of any known form, training checkpoint or experiment; several with commas between them."""
+    lora_weight: float | str | None = None
+    """Strength of each LoRA, with commas between them; none is 1 for all."""
     speaker_emb_path: str | None = None
     """Speaker embedding (.pt, .npy or .safetensors with 512 floats)."""
-    overlapped_decode: bool = False
-    """Decode in overlapping windows: bounded memory for long songs."""
+    overlapped_decode: bool | None = None
+    """Decode in overlapping windows, which bounds the memory of long songs; none does where it would not suffice."""
     precision: str = "auto"
     """Precision of the transformer: 32, or bf16, which is several times as fast on a GPU (auto there)."""
     device: str = "auto"
@@ -321,6 +341,54 @@ class MixConfig:
     """Largest rank of the result; none adds the ranks up, which is exact."""
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Measures how good models are and compares them: losses, distances from real music, and a page to listen to."""
+
+    checkpoint_dir: str
+    """Checkpoint directory of the base model, with the SSL encoders, in the released layout."""
+    output_dir: str
+    """New directory to write."""
+    models: str | None = None
+    """`base`, LoRAs, training checkpoints, experiments and fine-tuned transformers, with commas between them."""
+    lora_weight: str | None = None
+    """Strength of each model's LoRA, with commas between them; none is 1 for all."""
+    checkpoint: str = "last"
+    """Of experiments: last, best (the lowest validation loss), or a step."""
+    dataset_path: str | None = None
+    """Feature cache with the songs whose loss is measured, and whose prompts and lyrics the models sing anew."""
+    val_songs: int | None = None
+    """Recordings that training held out of that cache (its --val_songs); none asks the experiments among the models."""
+    generated_dir: str | None = None
+    """Score the audio in this folder, or of each of its subfolders as a model, instead of generating any."""
+    reference_dir: str | None = None
+    """Folder of audio, the music that the models are to come near; none leaves the Fréchet distance out."""
+    training_dir: str | None = None
+    """Folder of audio, the songs trained on, that may not be repeated; none takes `reference_dir`."""
+    songs: int = 8
+    """Songs to measure on."""
+    duration: float = 30.0
+    """Seconds of each generated clip, at most 240."""
+    infer_steps: int = 60
+    """Steps of the sampler."""
+    guidance_scale: float = 15.0
+    """Strength of the guidance; 1 turns it off."""
+    omega: float = 10.0
+    """Granularity of the sampler's steps."""
+    shift: float = 3.0
+    """Shift of the noise schedule."""
+    seed: int = 0
+    """Chooses the noise that each song is made from, the same for all models."""
+    logger_dir: str = "./exps/logs/"
+    """Folder of MLflow's database, where `tracking_uri` names no other."""
+    tracking_uri: str | None = None
+    """MLflow server or database; the default is a SQLite file in LOGGER_DIR. `none` turns MLflow off."""
+    precision: str = "auto"
+    """Precision of the transformer: 32, or bf16 (auto on a GPU)."""
+    device: str = "auto"
+    """Device to run on: auto, cpu or cuda."""
 
 
 @dataclass

@@ -1,0 +1,126 @@
+"""Which songs of a feature cache a model is measured on, and what the model is given to make each of them anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from acestep_ray.cache.index import CacheIndex
+from acestep_ray.cache.schema import CachedSong
+from acestep_ray.config import EvaluateConfig
+from acestep_ray.errors import InputError
+from acestep_ray.evaluation.candidates import Candidate
+from acestep_ray.evaluation.notes import Notes
+from acestep_ray.export.source import SETTINGS_FILE
+from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.plain_yaml import load_yaml
+from acestep_ray.training.experiment import FINGERPRINTS, IDENTITY_FILE
+from acestep_ray.training.holdout import hold_out, recordings_of_cache
+
+
+def open_cache(config: EvaluateConfig, checkpoint: CheckpointDir) -> CacheIndex:
+    """The feature cache. Raises InputError where it is none, or was computed with other models."""
+    index = CacheIndex.open(config.dataset_path)
+    fix = "run precompute with this checkpoint"
+    missing = [group for group in ("latents", "text") if group not in index.features]
+    if missing:
+        raise InputError(
+            f"the feature cache holds no {' and no '.join(missing)}",
+            where=config.dataset_path,
+            fix="run `acestep-ray precompute` with --features latents,text",
+        )
+    width = checkpoint.transformer_config.text_embedding_dim
+    if index.text_dim != width:
+        raise InputError(
+            f"the cache's prompts have width {index.text_dim}, the model reads {width}",
+            where=config.dataset_path,
+            fix=fix,
+        )
+    noted = index.manifest.get("checkpoint", {})
+    others = [
+        part
+        for part in ("codec", "text_encoder")
+        if part in noted and noted[part] != checkpoint.fingerprint(part)
+    ]
+    if others:
+        raise InputError(
+            f"the cache was computed with another {' and another '.join(others)} than the checkpoint's",
+            where=f"{config.dataset_path} and {config.checkpoint_dir}",
+            fix=fix,
+        )
+    return index
+
+
+def choose_songs(
+    index: CacheIndex, candidates: Sequence[Candidate], config: EvaluateConfig, notes: Notes
+) -> list[int]:
+    """Positions of the songs to measure on: such as no model was trained on, as far as that is known.
+
+    Those that `--val_songs` holds out; else those that all runs which were trained on this cache held out. A cache that
+    no run among the models knows is taken as a whole. Raises InputError for more recordings than there are.
+    """
+    held_out = held_out_by(index, candidates, config, notes)
+    if held_out is None:
+        held_out = np.arange(len(index))
+        notes.tell(f"measured on the songs of {config.dataset_path}, all taken to be new to the models")
+    elif not len(held_out):
+        held_out = np.arange(len(index))
+        notes.warn("the models' runs held out no songs: the figures are of songs that they were trained on")
+    return [int(song) for song in held_out[: config.songs]]
+
+
+def held_out_by(
+    index: CacheIndex, candidates: Sequence[Candidate], config: EvaluateConfig, notes: Notes
+) -> np.ndarray | None:
+    """Positions of the songs that training held out; None where nothing says that it held out any of this cache."""
+    if config.val_songs is not None:
+        return hold_out(recordings_of_cache(index), config.val_songs)
+    counts = []
+    for experiment in dict.fromkeys(c.experiment for c in candidates if c.experiment is not None):
+        known, count = _held_out_by_run(experiment, index)
+        if known:
+            counts.append(count)
+        else:
+            notes.warn(
+                f"{experiment.name} was not trained on this cache; it may have heard songs of it elsewhere"
+            )
+    if not counts:
+        return None
+    recordings = recordings_of_cache(index)
+    # The smaller of two such sets is a part of the larger.
+    return min((hold_out(recordings, count) for count in counts), key=len)
+
+
+def _held_out_by_run(experiment: Path, index: CacheIndex) -> tuple[bool, int | None]:
+    """Whether a run was trained on this cache, and its `val_songs`. Raises InputError for files that do not read."""
+    try:
+        identity = json.loads((experiment / IDENTITY_FILE).read_text(encoding="utf-8"))
+        settings = load_yaml((experiment / SETTINGS_FILE).read_text(encoding="utf-8"))
+        return identity.get(FINGERPRINTS["dataset"]) == index.fingerprint, settings.get("val_songs")
+    except FileNotFoundError:
+        return False, None
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"cannot read what the run held out ({error})",
+            where=str(experiment),
+            fix="say it yourself with --val_songs",
+        ) from None
+
+
+def condition_of(song: CachedSong, device: torch.device) -> dict[str, Tensor]:
+    """First prompt, lyrics and speaker as the arguments of `ACEStepTransformer.encode_condition`, for one song."""
+    text = song.text_embeddings[0].float()
+    condition = {
+        "text": text[None],
+        "text_mask": torch.ones(1, len(text), dtype=torch.bool),
+        "speaker": song.speaker[None],
+        "lyric_ids": song.lyric_ids[None],
+        "lyric_mask": torch.full((1, len(song.lyric_ids)), song.has_lyrics),
+    }
+    return {name: value.to(device) for name, value in condition.items()}
