@@ -48,6 +48,11 @@ class Job:
     decides: frozenset[str] = frozenset()
     """Settings that the job makes itself, and that are no flags of it."""
 
+    @property
+    def help(self) -> str:
+        """The first line that the settings' docstring has."""
+        return (self.config.__doc__ or "").partition("\n")[0]
+
 
 JOBS = {
     "prepare": Job(PrepareConfig, "acestep_ray.data.prepare:prepare_dataset"),
@@ -216,16 +221,16 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subcommands(required=True, dest="command")
     for name, job in JOBS.items():
-        subparser = new_parser(name, job.config.__doc__.splitlines()[0])
+        subparser = new_parser(name, job.help)
         subparser.add_class_arguments(job.config, as_group=False, skip=set(job.decides))
-        commands.add_subcommand(name, subparser, help=job.config.__doc__.splitlines()[0])
+        commands.add_subcommand(name, subparser, help=job.help)
     export = Parser(prog="acestep-ray export", description=EXPORT_HELP)
     commands.add_subcommand("export", export, help=EXPORT_HELP)
     actions = export.add_subcommands(required=True, dest="action")
     for name, job in EXPORT_ACTIONS.items():
-        action = new_parser(f"export {name}", job.config.__doc__.splitlines()[0])
+        action = new_parser(f"export {name}", job.help)
         action.add_class_arguments(job.config, as_group=False)
-        actions.add_subcommand(name, action, help=job.config.__doc__.splitlines()[0])
+        actions.add_subcommand(name, action, help=job.help)
     info = Parser(prog="acestep-ray info", description=INFO_HELP)
     info.add_argument("file", type=str, help="LoRA file or directory, training checkpoint or experiment.")
     info.add_argument("--json", action="store_true", help="Print one JSON object.")
@@ -327,9 +332,10 @@ def run(parsed: Namespace) -> None:
         if report.unfinished:
             raise AceStepError(report.unfinished)
         return
-    job = JOBS.get(parsed.command)
     if parsed.command == "export":
         job, settings = EXPORT_ACTIONS[settings.action], settings[settings.action]
+    else:
+        job = JOBS[parsed.command]
     values = {name: value for name, value in settings.as_dict().items() if name != "config"}
     check_places(values, Path.cwd())
     summary = load(job.target)(job.config(**values))
@@ -378,7 +384,7 @@ def read_settings(path: str) -> str:
     return StoredFile.at(path).read_bytes().decode()
 
 
-def load(target: str) -> Callable:
+def load(target: str) -> Callable[..., Any]:
     """Import `module:function`."""
     module, function = target.split(":")
     return getattr(importlib.import_module(module), function)

@@ -13,9 +13,10 @@ class PrepareConfig:
     """A folder of songs, a CSV or a JSON-lines file becomes a dataset."""
 
     data_dir: str
-    """Folder of audio with NAME_prompt.txt and NAME_lyrics.txt beside each file, or a .csv or .jsonl file."""
+    """Folder of audio with NAME_prompt.txt and NAME_lyrics.txt beside each file, or a .csv or .jsonl file; a path or a
+    URL."""
     output_dir: str
-    """Where the dataset is written (a Hugging Face `datasets` directory)."""
+    """Where the dataset is written (a Hugging Face `datasets` directory): a path or a URL."""
     repeat_count: int = 1
     """How many times each song appears in the dataset; repeats get keys of their own."""
     test_fraction: float = 0.0
@@ -96,19 +97,21 @@ class TrainConfig:
     lora_config_path: str | None = None
     """JSON file with the LoRA configuration (any field of PEFT's LoraConfig); none trains the model's own weights."""
     init_lora_path: str | None = None
-    """LoRA to start from: a file, or a directory with one; of several named adapters, one directory each."""
+    """LoRA to start from, a path or a URL: a file, or a directory with one; of several named adapters, one directory
+    each."""
     train_parameters: str | None = None
     """Without a LoRA: the modules or parameters to train, with commas, `*` for anything; none trains all."""
     exp_name: str = "text2music_train_test"
     """Name of the experiment: its files lie in `exps/EXP_NAME`, its logs in LOGGER_DIR/EXP_NAME."""
     exp_dir: str = "./exps"
-    """Folder of all experiments."""
+    """Folder of all experiments, a path or a URL (s3://…)."""
     logger_dir: str = "./exps/logs/"
-    """Folder of the logs."""
+    """Folder of the logs, a path or a URL (s3://…)."""
     checkpoints_dir: str | None = None
     """Folder of the checkpoints of all experiments, a path or a URL (s3://…); none keeps them in EXP_DIR/EXP_NAME."""
     tracking_uri: str | None = None
-    """MLflow server or database; the default is a SQLite file in LOGGER_DIR. `none` turns MLflow off."""
+    """MLflow server or database; the default is a SQLite file in LOGGER_DIR, which has to be on a disk then. `none`
+    turns MLflow off."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
@@ -274,9 +277,9 @@ class ExportConfig:
     """Writes a LoRA for other programs, with a model card where it comes from a run."""
 
     input_path: str
-    """Experiment, training checkpoint, or a LoRA's file or directory in any known form."""
+    """Experiment, training checkpoint, or a LoRA's file or directory in any known form; a path or a URL."""
     output_dir: str
-    """New directory to write."""
+    """New directory to write, a path or a URL."""
     format: str = "universal"
     """universal (one file that plays everywhere), peft (adapter directory), comfyui or kohya."""
     checkpoint: str = "last"
@@ -298,9 +301,9 @@ class MergeConfig:
     checkpoint_dir: str
     """Checkpoint directory of the base model, in the released layout."""
     lora_path: str
-    """LoRA, training checkpoint or experiment; several with commas between them."""
+    """LoRA, training checkpoint or experiment, a path or a URL; several with commas between them."""
     output_dir: str
-    """New checkpoint directory to write."""
+    """New checkpoint directory to write, a path or a URL."""
     lora_weight: str | None = None
     """Strength of each LoRA, with commas between them; none is 1 for all."""
     dtype: str = "float32"
@@ -316,9 +319,9 @@ class ExtractConfig:
     checkpoint_dir: str
     """Checkpoint directory of the base model, in the released layout."""
     finetuned_path: str
-    """Fine-tuned transformer: its folder, the experiment that trained it, or a checkpoint directory."""
+    """Fine-tuned transformer: its folder, the experiment that trained it, or a checkpoint directory; path or URL."""
     output_dir: str
-    """New directory to write."""
+    """New directory to write, a path or a URL."""
     rank: int = 64
     """Rank of the LoRA."""
     dtype: str = "float32"
@@ -332,9 +335,9 @@ class MixConfig:
     """Makes one LoRA of the weighted sum of several."""
 
     lora_path: str
-    """LoRAs, training checkpoints or experiments, with commas between them."""
+    """LoRAs, training checkpoints or experiments, paths or URLs with commas between them."""
     output_dir: str
-    """New directory to write."""
+    """New directory to write, a path or a URL."""
     lora_weight: str | None = None
     """Weight of each LoRA, with commas between them; none is 1 for all."""
     rank: int | None = None

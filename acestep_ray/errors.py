@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_INPUT = 2
@@ -31,10 +34,15 @@ class InputError(AceStepError):
             lines.append(f"  → {fix}")
         super().__init__("\n".join(lines))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process borders in Ray; the default would call __init__ with the joined message.
         return _rebuild_input_error, (self.what, self.where, self.fix)
 
 
 def _rebuild_input_error(what: str, where: str | None, fix: str | None) -> InputError:
     return InputError(what, where=where, fix=fix)
+
+
+def without_password(text: str) -> str:
+    """Without the names and passwords of URLs."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC
+from diffusers.models import AutoencoderDC
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -288,9 +288,10 @@ def _random_weight(tag: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _standardise(
-    gain: torch.Tensor, bias: torch.Tensor, outputs: torch.Tensor, *, mean: float, std: float
+    gain: torch.Tensor, bias: torch.Tensor | None, outputs: torch.Tensor, *, mean: float, std: float
 ) -> None:
     """Change a last layer, in place, so that each channel of its `outputs` (B, C, …) gets this mean and deviation."""
+    assert bias is not None  # last layers have one
     by_channel = outputs.transpose(0, 1).flatten(1)
     factor = _coarse(std / by_channel.std(dim=1))
     gain.mul_(factor.view(-1, *[1] * (gain.ndim - 1)))

@@ -19,12 +19,16 @@ from acestep_ray.cache.schema import (
     INDEX_SCHEMA,
     MANIFEST,
     SAMPLES,
+    is_table_name,
     table_from_bytes,
 )
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
 
 _FIX = "run `acestep-ray precompute` again: it computes only what is missing"
+
+# A column of a song's row has less than 2 GB, as Arrow counts it.
+_LONGEST = 2**32
 
 
 class Keys(Sequence[str]):
@@ -66,8 +70,6 @@ class Keys(Sequence[str]):
         if isinstance(other, Keys):
             return self._array.equals(other._array)
         return list(self) == other if isinstance(other, list) else NotImplemented
-
-    __hash__ = None
 
     def __repr__(self) -> str:
         shown = ", ".join(repr(key) for key in self[:3])
@@ -145,8 +147,24 @@ class CacheIndex:
             speaker_dim=manifest["settings"]["speaker_dim"],
             manifest=manifest,
         )
+        index._check_places()
         index._check_parts()
         return index
+
+    def _check_places(self) -> None:
+        """Raise InputError for songs at places that no part has: as many bytes as are asked for would be allocated."""
+        ends = self.offsets + self.lengths
+        if (
+            self.offsets.min() < 0
+            or self.lengths.min() < 1
+            or self.lengths.max() > _LONGEST
+            or ends.min() < 0
+        ):
+            raise InputError(
+                "the cache's index is damaged: it names places that no file has",
+                where=self.store.url,
+                fix=_FIX,
+            )
 
     def _check_parts(self) -> None:
         """Raise InputError if a part is missing, as in a copy that was interrupted."""
@@ -189,7 +207,7 @@ def read_manifest(store: Store) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"the cache's manifest cannot be read ({error!r})", where=where, fix=_FIX) from None
     if version != FORMAT_VERSION:
         raise InputError(
@@ -197,4 +215,6 @@ def read_manifest(store: Store) -> dict[str, Any]:
             where=where,
             fix="run `acestep-ray precompute` again with this version of the program",
         )
+    if not all(is_table_name(manifest.get(name)) for name in ("index", "ledger", "rejects")):
+        raise InputError("the cache's manifest names no files of a cache", where=where, fix=_FIX)
     return manifest

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +35,7 @@ from acestep_ray.cache.schema import (
     SAMPLE_SCHEMA,
     SAMPLES,
     hash_of,
+    is_table_name,
     song_writer,
     table_from_bytes,
     table_to_bytes,
@@ -62,7 +64,8 @@ _THREADS_OF_A_TASK = 8
 _ROW_COLUMNS = [name for name in SAMPLE_SCHEMA.names if name in LEDGER_SCHEMA.names]
 _READ_FOR_LEDGER = [*_ROW_COLUMNS, "prompts", "lyric_languages"]
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class CacheDamagedError(AceStepError):
@@ -102,7 +105,7 @@ def _holds_something(cache: Store) -> bool:
 def _manifest_if_readable(cache: Store) -> dict[str, Any] | None:
     try:
         manifest = json.loads(cache.read_bytes(MANIFEST))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) else None
 
@@ -129,7 +132,7 @@ def _reject_table(rejects: Iterable[Reject]) -> pa.Table:
 
 def _write_part(cache: Store, name: str, rows: Iterable[pa.Table]) -> pa.Table:
     """Write songs as one part file, each range of it a Parquet file of its own (see `schema`); returns its ledger."""
-    entries = []
+    entries: list[dict[str, Any]] = []
     with cache.writer(name) as file:
         # The sink counts what goes through it, which is where the part's footer takes its offsets from.
         sink = pa.PythonFile(file, mode="w")
@@ -240,7 +243,9 @@ def find_rejects(cache: Store) -> pa.Table:
 def _committed_table(cache: Store, name: str, schema: pa.Schema, repeated: str | None = None) -> pa.Table:
     """A table that the manifest names; empty where there is none of this format."""
     manifest = _manifest_if_readable(cache)
-    if manifest is None or manifest.get("format_version") != FORMAT_VERSION or name not in manifest:
+    if manifest is None or manifest.get("format_version") != FORMAT_VERSION:
+        return schema.empty_table()
+    if not is_table_name(manifest.get(name)):
         return schema.empty_table()
     return _readable_table(cache, manifest[name], schema, repeated)
 
@@ -271,7 +276,7 @@ def ledger_of_part(cache: Store, name: str) -> pa.Table:
             groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
             footer_bytes = parquet.metadata.serialized_size
             num_bytes = file.seek(0, os.SEEK_END)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):
         return LEDGER_SCHEMA.empty_table()
     starts = [group.column(0).data_page_offset - len(_MAGIC) for group in groups]
     # The part's own footer is followed by its length, four bytes, and the magic.
@@ -376,12 +381,20 @@ def read_row(
             pa.BufferReader(content), pre_buffer=False, page_checksum_verification=checksums
         ) as parquet:
             row = parquet.read(columns=columns, use_threads=False)
+        # Before any value is read, for the reason that `has_types` gives.
+        if not row.schema.equals(_schema_of(tuple(SAMPLE_SCHEMA.names if columns is None else columns))):
+            raise pa.ArrowInvalid(f"its columns are not those of this version: {row.schema.names}")
         if row["key"].to_pylist() == [key]:
             return row
         reason = f"found {row['key'].to_pylist()}"
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
     raise damaged(cache, file, key, reason)
+
+
+@lru_cache
+def _schema_of(columns: tuple[str, ...]) -> pa.Schema:
+    return pa.schema([field for field in SAMPLE_SCHEMA if field.name in columns])
 
 
 def damaged(cache: Store, file: str, key: str, reason: str) -> CacheDamagedError:
@@ -397,8 +410,8 @@ def read_dims(cache: Store, rows: pa.Table) -> dict[str, Any]:
     if not len(rows):
         return {"text_dim": None, "ssl": {}}
     first = rows.slice(0, 1).to_pylist()[0]
-    place = [first[name] for name in ("file", "offset", "length", "key")]
-    row = read_row(cache, *place, columns=["key", "text_dim", "ssl"]).to_pylist()[0]
+    place = {name: first[name] for name in ("file", "offset", "length", "key")}
+    row = read_row(cache, **place, columns=["key", "text_dim", "ssl"]).to_pylist()[0]
     return {
         "text_dim": row["text_dim"],
         "ssl": {entry["name"]: entry["dim"] for entry in row["ssl"] or ()},

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ LATENT_CHANNELS, LATENT_HEIGHT = 8, 16
 
 MANIFEST = "manifest.json"
 SAMPLES, REJECTS, INCOMING = "samples", "rejects", ".incoming"
+
+_TABLE_NAME = re.compile(rf"(index|ledger|{REJECTS}/part)-[0-9a-f]+\.parquet")
 
 FEATURE_GROUPS = ("latents", "text", "ssl")
 """Groups of features; a row's columns of a group that the run did not choose are null."""
@@ -174,6 +177,21 @@ class CachedSong:
     ssl_frames: dict[str, int]
     """Frames of the same features before the stride."""
 
+    def condition(self, device: torch.device | str) -> dict[str, torch.Tensor]:
+        """First prompt, lyrics and speaker as the arguments of `ACEStepTransformer.encode_condition`, for one song."""
+        # Processes that only read tables load no torch.
+        import torch
+
+        text = self.text_embeddings[0].float()
+        condition = {
+            "text": text[None],
+            "text_mask": torch.ones(1, len(text), dtype=torch.bool),
+            "speaker": self.speaker[None],
+            "lyric_ids": self.lyric_ids[None],
+            "lyric_mask": torch.full((1, len(self.lyric_ids)), self.has_lyrics),
+        }
+        return {name: value.to(device) for name, value in condition.items()}
+
 
 def array_to_bytes(array: np.ndarray) -> bytes:
     """An array as the cache stores it: little-endian, C order."""
@@ -217,6 +235,21 @@ def table_to_bytes(table: pa.Table, repeated: str | None = None) -> pa.Buffer:
     return sink.getvalue()
 
 
+def has_types(found: pa.Schema, schema: pa.Schema) -> bool:
+    """Whether columns have these names and types; of one that is dictionary-encoded, its values.
+
+    To be asked before any value is read: of Ray's own Arrow types, one is a pickle, which reading runs.
+    """
+    return found.names == schema.names and not _other_types(found, schema)
+
+
+def _other_types(found: pa.Schema, schema: pa.Schema) -> list[str]:
+    """Columns of the same names and other types."""
+    kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in found.types]
+    pairs = zip(found.names, kinds, schema.types, strict=True)
+    return [f"{name}: {kind}" for name, kind, wanted in pairs if kind != wanted]
+
+
 def table_from_bytes(content: Any, schema: pa.Schema, repeated: str | None = None) -> pa.Table:
     """What `table_to_bytes` wrote; the column `repeated` is dictionary-encoded. Raises ArrowException or OSError."""
     try:
@@ -225,10 +258,19 @@ def table_from_bytes(content: Any, schema: pa.Schema, repeated: str | None = Non
         )
     except KeyError as error:
         raise pa.ArrowInvalid(f"it has no column {error}") from None
+    except ValueError as error:  # of a type of Ray's own, whose description does not read
+        raise pa.ArrowInvalid(str(error)) from None
     with parquet:
-        if parquet.schema_arrow.names != schema.names:
-            raise pa.ArrowInvalid(f"its columns are {', '.join(parquet.schema_arrow.names)}")
+        found = parquet.schema_arrow
+        if not has_types(found, schema):
+            others = found.names if found.names != schema.names else _other_types(found, schema)
+            raise pa.ArrowInvalid(f"its columns are {', '.join(others)}")
         return parquet.read()
+
+
+def is_table_name(name: Any) -> bool:
+    """Whether a manifest may name a table so: within the cache's directory, and as `commit` names them."""
+    return isinstance(name, str) and _TABLE_NAME.fullmatch(name) is not None
 
 
 def write_json(store: Store, name: str, value: Any) -> None:

@@ -30,6 +30,8 @@ _BLOCK_SAMPLES = 1 << 20
 _SAMPLES_PER_BYTE = 32
 # Seconds that FFmpeg decodes at once when it looks for the place where a damaged file stops.
 _PROBE_SECONDS = 1.0
+# Where a file stands after its decoder failed: at no frame.
+_UNKNOWN_POSITION = -1
 
 
 class Decoder(Protocol):
@@ -83,7 +85,7 @@ class _SoundfileDecoder:
         self.frames, self.promised_frames = header_lengths(
             file.format, file.frames, source.size, source.read_at
         )
-        self._position: int | None = 0
+        self._position = 0
 
     def read(self, start: int, limit: int) -> tuple[np.ndarray, str]:
         limit = max(0, min(limit, self._file.frames - start))
@@ -138,7 +140,7 @@ class _SoundfileDecoder:
             part = self._file.read(out=buffer)
         except soundfile.SoundFileError as error:
             unread = np.isnan(buffer[:, 0])
-            self._position = None
+            self._position = _UNKNOWN_POSITION
             decoded = int(unread.argmax()) if unread.any() else len(buffer)
             return buffer[:decoded], f" ({_decoder_text(error)})"
         self._position += len(part)
@@ -200,7 +202,7 @@ class _TorchcodecDecoder:
 
     def _open(self) -> Any:
         source = self._source
-        if source.content is not None:
+        if source.content:
             return self._class(source.content)
         # An absolute path: FFmpeg takes `concat:` and the like at the start of a name for instructions.
         return self._class(os.path.abspath(source.path) if source.path else source.reader())

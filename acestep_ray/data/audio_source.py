@@ -36,27 +36,39 @@ class AudioSource:
     """
 
     def __init__(self, file: StoredFile | str | os.PathLike[str], whole_fetch_bytes: int):
-        stored = file if isinstance(file, StoredFile) else None
-        if stored is None and is_url(os.fspath(file)):
-            stored = StoredFile.at(file)
-        local = os.fspath(file) if stored is None else stored.local_path
-        self.path = None if local is None else str(local)
-        self.name = self.path or stored.url
+        if not isinstance(file, StoredFile) and is_url(os.fspath(file)):
+            file = StoredFile.at(file)
+        self._place: str | StoredFile
+        """A path, or an object."""
+        if not isinstance(file, StoredFile):
+            self._place = self.name = os.fspath(file)
+        elif file.local_path is not None:
+            self._place = self.name = str(file.local_path)
+        else:
+            self._place, self.name = file, file.url
         self.suffix = posixpath.splitext(self.name)[1].lower()
-        self.content: bytes | None = None
-        self._stored = stored
+        self.content = b""
+        """Of an object that is held in memory."""
         self._ranges: WatchedFile | None = None
         try:
-            self.size = self._open_object(whole_fetch_bytes) if self.path is None else self._check_path()
+            if isinstance(self._place, str):
+                self.size = self._check_path(self._place)
+            else:
+                self.size = self._open_object(self._place, whole_fetch_bytes)
         except (OSError, ValueError, StorageError) as error:
             raise self._error(error) from None
         if self.size == 0:
             raise AudioError(RejectReason.EMPTY, f"the audio file is empty (0 bytes): {self.name}")
 
+    @property
+    def path(self) -> str | None:
+        """Of a file on this machine."""
+        return self._place if isinstance(self._place, str) else None
+
     def reader(self) -> str | WatchedFile:
         """What a decoder opens: the path, or a file at its start. The one before is no longer to be used."""
-        if self.path is not None:
-            return self.path
+        if isinstance(self._place, str):
+            return self._place
         if self._ranges is None:
             return WatchedFile(io.BytesIO(self.content))
         self._ranges.seek(0)
@@ -64,8 +76,12 @@ class AudioSource:
 
     def read_at(self, position: int, length: int) -> bytes:
         """At most `length` bytes from `position`; decoders that are reading do not notice."""
-        if self.content is not None:
-            return self.content[position : position + length]
+        if isinstance(self._place, str):
+            try:
+                with open(self._place, "rb") as file:
+                    return os.pread(file.fileno(), length, position)
+            except OSError as error:
+                raise self._error(error) from None
         if self._ranges is not None:
             place = self._ranges.tell()
             self._ranges.seek(position)
@@ -73,21 +89,16 @@ class AudioSource:
             self._ranges.seek(place)
             self.raise_failure()
             return found
-        try:
-            with open(self.path, "rb") as file:
-                return os.pread(file.fileno(), length, position)
-        except OSError as error:
-            raise self._error(error) from None
+        return self.content[position : position + length]
 
     def sha256(self) -> str:
-        if self.content is not None:
+        if self.content:
             return hashlib.sha256(self.content).hexdigest()
         digest = hashlib.sha256()
-        block = memoryview(bytearray(_HASH_BLOCK_BYTES))
         try:
-            with open(self.path, "rb", buffering=0) if self.path else self._stored.open() as file:
-                while count := file.readinto(block):
-                    digest.update(block[:count])
+            with open(self._place, "rb") if isinstance(self._place, str) else self._place.open() as file:
+                while block := file.read(_HASH_BLOCK_BYTES):
+                    digest.update(block)
         except (OSError, StorageError) as error:
             raise self._error(error) from None
         return digest.hexdigest()
@@ -101,22 +112,22 @@ class AudioSource:
         if self._ranges is not None:
             self._ranges.close()
 
-    def _check_path(self) -> int:
-        status = os.stat(self.path)
+    def _check_path(self, path: str) -> int:
+        status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise AudioError(RejectReason.UNSUPPORTED, f"not a regular file: {self.name}")
-        with open(self.path, "rb"):
+        with open(path, "rb"):
             return status.st_size
 
-    def _open_object(self, whole_fetch_bytes: int) -> int:
-        status = self._stored.status()
+    def _open_object(self, file: StoredFile, whole_fetch_bytes: int) -> int:
+        status = file.status()
         if status is None:
             raise FileNotFoundError(self.name)
         if 0 < status.size <= whole_fetch_bytes:
-            self.content = self._stored.read_bytes()
+            self.content = file.read_bytes()
             return len(self.content)
         if status.size:
-            self._ranges = WatchedFile(self._stored.open())
+            self._ranges = WatchedFile(file.open())
         return status.size
 
     def _error(self, error: Exception) -> AudioError:
@@ -132,7 +143,7 @@ class WatchedFile:
     """A file for decoders written in C, which ask for impossible places and lose exceptions: it keeps them."""
 
     def __init__(self, file: BinaryIO):
-        self._file = file
+        self._file: Any = file  # `BinaryIO` has no `readinto`, though these files do
         self.failure: Exception | None = None
 
     def readinto(self, buffer: Any) -> int:

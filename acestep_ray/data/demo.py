@@ -212,7 +212,7 @@ def _with_fixed_serial(ogg: bytes) -> bytes:
     return bytes(fixed)
 
 
-def _ogg_checksum(page: bytes) -> int:
+def _ogg_checksum(page: bytes | bytearray) -> int:
     """CRC-32 of an Ogg page (RFC 3533): polynomial 0x04c11db7, from 0, bits not reflected."""
     remainder = 0
     for byte in page:

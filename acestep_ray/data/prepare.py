@@ -9,17 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
-import shutil
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from functools import partial
+from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from acestep_ray.config import PrepareConfig
+from acestep_ray.data.dataset_folder import MARKER, Copies, FilePlaces, file_at, write_dataset
 from acestep_ray.data.schema import dataset_features
 from acestep_ray.data.sources import (
     TABLE_SUFFIXES,
@@ -30,10 +34,7 @@ from acestep_ray.data.sources import (
     songs_of_table,
 )
 from acestep_ray.errors import InputError
-from acestep_ray.storage import Store, StoredFile, is_url
-
-MARKER = "prepare.json"
-"""File in a dataset directory that says it was written here, and from what."""
+from acestep_ray.storage import AccessDeniedError, Store, StoredFile, is_url
 
 _OUR_ENTRIES = re.compile(
     r"audio|speakers|train|test|prepare\.json|state\.json|dataset_info\.json|dataset_dict\.json"
@@ -41,6 +42,8 @@ _OUR_ENTRIES = re.compile(
 )
 
 _SHOWN_WARNINGS = 20
+# A request is mostly waiting.
+_CHECKED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -72,34 +75,33 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     """Writes the dataset of `config.data_dir` to `config.output_dir`, whole or not at all.
 
     The audio files are hard-linked (copied, where that is not possible) below `audio/`, speaker embeddings
-    below `speakers/`. A dataset that an earlier call wrote there is replaced.
+    below `speakers/`. A dataset that an earlier call wrote there is replaced. Both may be URLs.
 
     Raises InputError with every problem and its file: a missing audio file, a duplicate key, a text that is
     not UTF-8, no songs at all.
     """
-    _refuse_urls(config)
-    source, output = Path(config.data_dir).resolve(), Path(config.output_dir).resolve()
-    _check_settings(config, source)
-    _check_output(source, output)
+    source, output = _resolved(config.data_dir), Store.at(_resolved(config.output_dir))
+    table = _check_settings(config, source)
+    folder = Store.at(source) if table is None else table.store
+    _check_output(source, folder, output)
     findings = Findings()
-    folder = source if source.is_dir() else source.parent
-    if source.is_dir():
-        songs = list(songs_of_folder(Store.at(source), findings))
-    else:
-        songs = list(songs_of_table(StoredFile.at(source), findings))
+    songs = list(songs_of_folder(folder, findings) if table is None else songs_of_table(table, findings))
     if not songs and not findings.problems:
-        raise InputError("there are no songs", where=str(source), fix=_expected_in(source))
-    for song in songs:
-        findings.problems += song.problems
-        _check_files(song, folder, findings)
+        raise InputError("there are no songs", where=source, fix=_expected_in(table))
+    # Of a folder in object storage the listing has told what is there.
+    is_checked = table is not None or folder.is_local
+    with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
+        found = pool.map(partial(_problems_of_files, folder=folder), songs) if is_checked else repeat([])
+        for song, problems in zip(songs, found, strict=False):
+            findings.problems += [*song.problems, *problems]
     _check_keys(songs, findings)
     _stop_on_problems(findings, source)
     test_keys = _choose_test_songs([song.key for song in songs], config.test_fraction, config.seed)
     if not sys.stderr.isatty():
         disable_progress_bars()  # of `datasets`: they fill a log with lines
-    splits = _write(songs, folder, test_keys, config, output)
+    splits = write_dataset(output, partial(_write, songs, folder, test_keys, config))
     return PrepareSummary(
-        output_dir=str(output),
+        output_dir=output.url,
         songs=len(songs),
         rows=sum(splits.values()),
         splits=splits,
@@ -108,62 +110,74 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     )
 
 
-def _refuse_urls(config: PrepareConfig) -> None:
-    for name in ("data_dir", "output_dir"):
-        if is_url(getattr(config, name)):
-            raise InputError(
-                f"--{name} is a URL, and prepare works on local directories",
-                where=getattr(config, name),
-                fix="give songs in object storage to precompute as they are: --dataset_path takes a folder or a "
-                "table of songs too",
-            )
+def _resolved(place: str) -> str:
+    return place if is_url(place) else str(Path(place).resolve())
 
 
-def _check_settings(config: PrepareConfig, source: Path) -> None:
+def _check_settings(config: PrepareConfig, source: str) -> StoredFile | None:
+    """Raise InputError for settings that cannot be used; returns the table of songs, or None for a folder."""
     if config.repeat_count < 1:
         raise InputError("--repeat_count must be at least 1", where=str(config.repeat_count))
     if not 0 <= config.test_fraction < 1:
         raise InputError("--test_fraction must be at least 0 and below 1", where=str(config.test_fraction))
+    is_named_as_table = source.lower().endswith(TABLE_SUFFIXES)
+    if is_named_as_table and (table := StoredFile.at(source)).status() is not None:
+        return table
+    store = Store.at(source)
     # os.path throughout: the methods of Path raise where a folder above may not be entered.
-    if not os.path.exists(source):
-        raise InputError("--data_dir does not exist", where=str(source))
-    is_table = os.path.isfile(source) and source.suffix.lower() in TABLE_SUFFIXES
-    if not (is_table or os.path.isdir(source)):
+    if not (os.path.exists(store.url) if store.is_local else store.names()):
+        raise InputError("--data_dir does not exist", where=source)
+    if store.is_local and not os.path.isdir(store.url):
         raise InputError(
             "--data_dir is neither a folder nor a table of songs",
-            where=str(source),
+            where=source,
             fix=f"give a folder of songs or a {', '.join(TABLE_SUFFIXES)} file",
         )
+    return None
 
 
-def _check_output(source: Path, output: Path) -> None:
-    inside = source.is_relative_to(output) or (source.is_dir() and output.is_relative_to(source))
-    if inside:
+def _check_output(source: str, folder: Store, output: Store) -> None:
+    is_folder = folder.url == source.rstrip("/")
+    if _is_inside(source, output.url) or (is_folder and _is_inside(output.url, folder.url)):
         raise InputError(
             "--data_dir and --output_dir lie inside each other",
-            where=f"{source} and {output}",
+            where=f"{source} and {output.url}",
             fix="write the dataset to a directory of its own, outside the songs",
         )
-    if not os.path.exists(output):
-        return
-    if not os.path.isdir(output):
-        raise InputError("--output_dir is a file", where=str(output), fix="give a directory")
-    try:
-        entries = sorted(name for name in os.listdir(output) if not name.startswith("."))
-    except OSError as error:
-        raise InputError(f"--output_dir cannot be read ({error.strerror})", where=str(output)) from None
+    output.check_writable()
+    entries = _entries(output)
     foreign = [name for name in entries if not _OUR_ENTRIES.fullmatch(name)]
     if entries and (foreign or MARKER not in entries):
         found = foreign or entries
         raise InputError(
             "--output_dir holds files that `acestep-ray prepare` did not write",
-            where=f"{output} ({', '.join(found[:5])}{', …' if len(found) > 5 else ''})",
+            where=f"{output.url} ({', '.join(found[:5])}{', …' if len(found) > 5 else ''})",
             fix="move them, or give a new directory: an earlier dataset would be replaced whole",
         )
 
 
-def _expected_in(source: Path) -> str:
-    if source.is_dir():
+def _is_inside(place: str, folder: str) -> bool:
+    return f"{place}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def _entries(output: Store) -> list[str]:
+    """Names in a folder, but hidden ones."""
+    if not output.is_local:
+        names = {name.partition("/")[0] for name in output.names()}
+    elif not os.path.exists(output.url):
+        names = set()
+    elif not os.path.isdir(output.url):
+        raise InputError("--output_dir is a file", where=output.url, fix="give a directory")
+    else:
+        try:
+            names = set(os.listdir(output.url))
+        except OSError as error:
+            raise InputError(f"--output_dir cannot be read ({error.strerror})", where=output.url) from None
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _expected_in(table: StoredFile | None) -> str:
+    if table is None:
         return (
             "put audio files there (.wav, .flac, .mp3, .ogg, .opus, .aiff), each with NAME_prompt.txt "
             "and NAME_lyrics.txt beside it"
@@ -171,31 +185,33 @@ def _expected_in(source: Path) -> str:
     return "write one row for each song, with at least the column filename"
 
 
-def _path_of(filename: str, folder: Path) -> Path:
-    return Path(os.path.normpath(folder / filename))
-
-
-def _check_files(song: SourceSong, folder: Path, findings: Findings) -> None:
+def _problems_of_files(song: SourceSong, folder: Store) -> list[str]:
+    """What is wrong with the files of a table's song, or of a song in a local folder."""
+    problems = []
     for filename in (song.filename, song.speaker):
         if not filename:
             continue
         origin = song.origin if filename == song.filename else f"{song.origin}: {filename}"
-        if is_url(filename):
-            findings.problems.append(
-                f"{origin}: a URL; prepare reads local files, precompute reads the table as it is"
-            )
-        else:
-            _check_readable(_path_of(filename, folder), origin, findings)
+        try:
+            file = file_at(filename, folder)
+            if file.store.is_local:
+                problems += _problems_of_path(file.path, origin)
+            elif file.status() is None:
+                problems.append(f"{origin}: the file does not exist")
+        except (InputError, AccessDeniedError) as error:
+            problems.append(f"{origin}: {str(error).splitlines()[0]}")
+    return problems
 
 
-def _check_readable(path: Path, origin: str, findings: Findings) -> None:
+def _problems_of_path(path: Path, origin: str) -> list[str]:
     if not os.path.exists(path):
         target = " (a broken link)" if os.path.islink(path) else ""
-        findings.problems.append(f"{origin}: the file does not exist{target}")
-    elif not os.path.isfile(path):
-        findings.problems.append(f"{origin}: not a file")
-    elif not os.access(path, os.R_OK):
-        findings.problems.append(f"{origin}: the file may not be read (its permissions)")
+        return [f"{origin}: the file does not exist{target}"]
+    if not os.path.isfile(path):
+        return [f"{origin}: not a file"]
+    if not os.access(path, os.R_OK):
+        return [f"{origin}: the file may not be read (its permissions)"]
+    return []
 
 
 def _check_keys(songs: list[SourceSong], findings: Findings) -> None:
@@ -207,7 +223,7 @@ def _check_keys(songs: list[SourceSong], findings: Findings) -> None:
     ]
 
 
-def _stop_on_problems(findings: Findings, source: Path) -> None:
+def _stop_on_problems(findings: Findings, source: str) -> None:
     if findings.problems:
         count = len(findings.problems)
         listed = "".join(f"\n  - {problem}" for problem in findings.problems)
@@ -229,53 +245,22 @@ def _choose_test_songs(keys: list[str], fraction: float, seed: int) -> set[str]:
 
 
 def _write(
-    songs: list[SourceSong], folder: Path, test_keys: set[str], config: PrepareConfig, output: Path
+    songs: list[SourceSong],
+    folder: Store,
+    test_keys: set[str],
+    config: PrepareConfig,
+    directory: Path,
+    dataset: Store,
+    copies: Copies,
 ) -> dict[str, int]:
-    """Writes a dataset beside `output` and renames it into place; returns the number of rows of each split."""
-    partial = output.with_name(f".{output.name}.partial")
-    previous = output.with_name(f".{output.name}.previous")
-    try:
-        _remove(partial)
-        partial.mkdir(parents=True)
-        splits = _write_into(partial, songs, folder, test_keys, config)
-        if os.path.exists(output):
-            _remove(previous)
-            output.rename(previous)
-        partial.rename(output)
-        _remove(previous)
-    except OSError as error:
-        raise InputError(
-            f"the dataset cannot be written ({error.strerror or error})",
-            where=str(output),
-            fix="check the permissions and the free space there",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _put_back(previous, output)
-    return splits
-
-
-def _put_back(previous: Path, output: Path) -> None:
-    """Undoes the first of the two renames, if a failure came between them, now or in an earlier run."""
-    if os.path.exists(previous) and not os.path.exists(output):
-        previous.rename(output)
-
-
-def _remove(directory: Path) -> None:
-    if os.path.exists(directory):
-        shutil.rmtree(directory)
-
-
-def _write_into(
-    directory: Path, songs: list[SourceSong], folder: Path, test_keys: set[str], config: PrepareConfig
-) -> dict[str, int]:
-    audio, speakers = _FileStore(directory, "audio"), _FileStore(directory, "speakers")
+    """Writes the rows to `directory`, and the songs' files to `dataset`; returns the number of rows of each split."""
+    audio, speakers = FilePlaces(dataset, "audio", copies), FilePlaces(dataset, "speakers", copies)
     recaption_names = {name for song in songs for name in song.recaption}
     language = any(song.language for song in songs)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for song in songs:
         row = {
-            "filename": audio.add(_path_of(song.filename, folder), place_of(song.filename, Store.at(folder))),
+            "filename": audio.add(file_at(song.filename, folder), place_of(song.filename, folder)),
             "tags": song.tags,
             "norm_lyrics": song.lyrics,
             "speaker_emb_path": _stored_speaker(song, folder, speakers),
@@ -298,40 +283,12 @@ def _write_into(
     return counts
 
 
-def _stored_speaker(song: SourceSong, folder: Path, speakers: _FileStore) -> str:
-    path = _path_of(song.speaker, folder)
-    return speakers.add(path, path.name) if song.speaker else ""
+def _stored_speaker(song: SourceSong, folder: Store, speakers: FilePlaces) -> str:
+    if not song.speaker:
+        return ""
+    file = file_at(song.speaker, folder)
+    return speakers.add(file, posixpath.basename(file.name))
 
 
 def _repeated_keys(key: str, repeat_count: int) -> list[str]:
     return [key] if repeat_count == 1 else [f"{key}_{i:04d}" for i in range(1, repeat_count + 1)]
-
-
-class _FileStore:
-    """Puts files into one folder of a dataset, each once, under names that do not collide."""
-
-    def __init__(self, dataset_dir: Path, folder: str):
-        self._root = dataset_dir
-        self._folder = folder
-        self._places: dict[Path, str] = {}
-
-    def add(self, source: Path, place: str) -> str:
-        """Path of `source` in the dataset, relative to its directory; near `place` in the folder."""
-        if source not in self._places:
-            wanted = PurePosixPath(self._folder, place)
-            stored, number = wanted, 1
-            while (self._root / stored).exists():
-                number += 1
-                stored = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
-            self._places[source] = str(stored)
-            target = self._root / stored
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source, target)
-        return self._places[source]
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without hard links, or somebody else's file
-        shutil.copyfile(source, target)

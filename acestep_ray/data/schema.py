@@ -168,18 +168,38 @@ def is_dataset_dir(path: str | os.PathLike[str]) -> bool:
     return any(store.status(name) is not None for name in (_SPLIT_LISTING, _STATE))
 
 
+# Whoever put songs there is nobody whom this machine's files and buckets concern.
+_OF_STRANGERS = ("hf", "http", "https")
+
+
+def check_within_reach(file: StoredFile, root: Store) -> StoredFile:
+    """`file`, which a row of a source at `root` names by its URL or an absolute path.
+
+    Raises InputError where a source from the Hub or the web names a file of this machine or of a bucket, which would
+    be read with the user's own rights.
+    """
+    if root.protocol in _OF_STRANGERS and file.store.protocol not in _OF_STRANGERS:
+        raise InputError(
+            f"songs from {root.protocol}:// name a file that is not there",
+            where=file.url,
+            fix=f"put the file beside them; copy {root.url} to this machine where you trust it",
+        )
+    return file
+
+
 def locate_file(root: Store, filename: str) -> StoredFile:
     """The file that a row names: relative to `root`, an absolute path on this machine, or a URL with `://`.
 
     Only `/` separates folders; a backslash is a character like any other. Symbolic links are followed, also those
     that lead out of a local `root`: whoever made the dataset made the links. The file need not exist.
 
-    Raises InputError if the name is empty or malformed, or if its `..` lead out of `root`.
+    Raises InputError if the name is empty or malformed, or if its `..` lead out of `root`, and what
+    `check_within_reach` raises.
     """
     if not filename.strip() or "\0" in filename:
         raise InputError("a file name is empty or malformed", where=repr(filename))
     if is_url(filename) or filename.startswith("/"):
-        return StoredFile.at(filename)
+        return check_within_reach(StoredFile.at(filename), root)
     name = posixpath.normpath(filename)
     if name in (".", "..") or name.startswith("../"):
         raise InputError(
@@ -233,7 +253,7 @@ def _copy_split(store: Store, split: str, target: Path) -> None:
             # A name with folders could lead anywhere on this machine.
             if name == posixpath.basename(name):
                 store.download(posixpath.join(folder, name), target / folder / name)
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return
 
 
@@ -256,6 +276,9 @@ def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
         state = json.loads((splits[split] / _STATE).read_text(encoding="utf-8"))
         if not state["_data_files"]:  # `datasets` writes this for a dataset without rows, and cannot load it
             raise _no_rows(where)
+        for entry in state["_data_files"] + (state.get("_indices_data_files") or []):
+            if entry["filename"] != posixpath.basename(entry["filename"]):
+                raise ValueError(f"{_STATE} names a file outside the dataset, {entry['filename']}")
         return datasets.load_from_disk(str(splits[split]))
     except FileNotFoundError as error:
         raise InputError(
@@ -263,7 +286,15 @@ def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
             where=where,
             fix="write it again with `acestep-ray prepare`",
         ) from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        pa.ArrowException,
+    ) as error:
         raise InputError(
             f"the dataset is damaged and cannot be read ({type(error).__name__}: {error})",
             where=where,

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES, UNSUPPORTED_SUFFIXES
 from acestep_ray.storage import AccessDeniedError, Store, StoredFile, is_url
@@ -92,7 +92,9 @@ def songs_of_folder(root: Store, findings: Findings) -> Iterator[SourceSong]:
     keys = _keys_of_files(audio)
 
     def read_song(file: PurePosixPath) -> tuple[SourceSong, list[str]]:
-        origin, problems, warnings = printable(file), [], []
+        origin = printable(file)
+        problems: list[str] = []
+        warnings: list[str] = []
 
         def read_beside(endings: tuple[str, ...]) -> str | None:
             for ending in endings:
@@ -214,9 +216,7 @@ def songs_of_table(table: StoredFile, findings: Findings) -> Iterator[SourceSong
     ]
 
 
-def _csv_rows(
-    table: str, file: io.BufferedIOBase, findings: Findings
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = iter(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
     number = 0
     try:
@@ -257,9 +257,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _json_rows(
-    table: str, file: io.BufferedIOBase, findings: Findings
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(file, start=1):
         origin = f"{table}, line {number}"
         try:

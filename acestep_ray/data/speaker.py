@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import zipfile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +69,19 @@ def load_speaker_embedding(file: StoredFile | str | os.PathLike[str], dim: int) 
 def _read_pt(content: bytes) -> object:
     import torch
 
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    file = io.BytesIO(content)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            num_bytes = sum(entry.file_size for entry in archive.infolist())
+        if num_bytes > _MAX_BYTES:
+            raise ValueError(f"{num_bytes} bytes, unpacked")
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own message tells how to run what the file holds
+        raise ValueError(
+            "it holds more than tensors, which could run any program, and is not opened"
+        ) from None
 
 
 def _read_npy(content: bytes) -> torch.Tensor:

@@ -5,7 +5,7 @@ The projection is read in its own dtype and the features in theirs; sums are flo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -114,7 +114,14 @@ def _cosine_backward_kernel(
 
 class _ProjectionCosines(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, projection, features, source_lengths, target_lengths, stride):
+    def forward(
+        ctx: Any,
+        projection: Tensor,
+        features: Tensor,
+        source_lengths: Tensor,
+        target_lengths: Tensor,
+        stride: int,
+    ) -> Tensor:
         projection, features = projection.contiguous(), features.contiguous()
         batch, width, channels = projection.shape
         count = features.shape[1]
@@ -135,7 +142,7 @@ class _ProjectionCosines(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, cosines_grad):
+    def backward(ctx: Any, cosines_grad: Tensor) -> tuple[Tensor | None, ...]:
         projection, features, source_lengths, target_lengths, ratios, cosines, norms = ctx.saved_tensors
         batch, width, channels = projection.shape
         grad = torch.empty_like(projection)

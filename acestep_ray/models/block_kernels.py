@@ -120,8 +120,9 @@ def add_norm_backward(
     stream_dtype: torch.dtype | None,
     update_grad: Tensor | None,
 ) -> Tensor | None:
-    """Fills `update_grad`; returns the gradient of the stream in `stream_dtype`."""
+    """Fills `update_grad`; returns the gradient of the stream in `stream_dtype`. Needs one gradient at least."""
     given = added_grad if added_grad is not None else normed_grad
+    assert given is not None
     batch, length = given.shape[:2]
     stream_grad = None
     if stream_dtype is not None:
@@ -603,7 +604,7 @@ def gated_conv_backward(
             x, weight, bias, lengths, out_grad, x_grad, parts, length, H=half, RUN=_BACKWARD_RUN, BLOCK=block,
             FAST=_is_fast(x), TRAINS=trains, num_warps=4,
         )  # fmt: skip
-    return x_grad, parts.sum(dim=0) if trains else None
+    return x_grad, None if parts is None else parts.sum(dim=0)
 
 
 # --- around matrix products ------------------------------------------------------------------------------------

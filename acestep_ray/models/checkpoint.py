@@ -73,7 +73,7 @@ class CheckpointDir:
         problems: list[str] = []
         configs = {folder: _check_part(root, folder, problems) for folder in folders}
         transformer_config = _parse_configs(configs, problems)
-        if problems:
+        if problems or transformer_config is None:
             listed = "".join(f"\n  - {problem}" for problem in problems)
             raise InputError(
                 "the checkpoint directory is incomplete or broken", where=f"{root}{listed}", fix=fix
@@ -189,7 +189,7 @@ def _check_part(root: Path, folder: str, problems: list[str]) -> dict[str, Any] 
         for path in weight_files(directory):
             check_weight_file(path)
     except InputError as error:
-        problems.append(f"{Path(error.where).relative_to(root)}: {error.what}")
+        problems.append(f"{Path(error.where or directory).relative_to(root)}: {error.what}")
     if folder == TEXT_ENCODER and not (directory / TOKENIZER_FILE).is_file():
         problems.append(f"{folder}/{TOKENIZER_FILE}: missing file")
     return config
@@ -199,15 +199,16 @@ def _parse_configs(
     configs: dict[str, dict[str, Any] | None], problems: list[str]
 ) -> TransformerConfig | None:
     """The transformer's configuration; widths that other parts do not share with it are added to `problems`."""
-    if configs[VOCODER] is not None:
+    vocoder_config, transformer_config = configs[VOCODER], configs[TRANSFORMER]
+    if vocoder_config is not None:
         try:
-            VocoderConfig.from_dict(configs[VOCODER])
+            VocoderConfig.from_dict(vocoder_config)
         except (TypeError, ValueError) as error:
             problems.append(f"{VOCODER}/config.json: {error}")
-    if configs[TRANSFORMER] is None:
+    if transformer_config is None:
         return None
     try:
-        transformer = TransformerConfig.from_dict(configs[TRANSFORMER])
+        transformer = TransformerConfig.from_dict(transformer_config)
     except (TypeError, ValueError) as error:
         problems.append(f"{TRANSFORMER}/config.json: {error}")
         return None

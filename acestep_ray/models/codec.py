@@ -22,7 +22,7 @@ from acestep_ray.models.vocoder import Vocoder
 from acestep_ray.models.weights import build_on_meta, load_weights, read_json
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderDC
+    from diffusers.models import AutoencoderDC
 
 SAMPLE_RATE = 48_000
 MEL_FRAMES_PER_LATENT = 8
@@ -62,7 +62,7 @@ class MusicCodec(nn.Module):
         self.half_encoder: nn.Module | None = None
         if encoder_dtype != torch.float32:
             encoder = copy.deepcopy(autoencoder.encoder)
-            self.half_encoder = encoder.to(dtype=encoder_dtype, memory_format=torch.channels_last)
+            self.half_encoder = encoder.to(encoder_dtype).to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(
@@ -75,7 +75,7 @@ class MusicCodec(nn.Module):
     ) -> MusicCodec:
         """The codec of `music_dcae_f8c8/` and `music_vocoder/`, float32, frozen. Raises `InputError` if broken."""
         # Seconds of imports that who loads no codec need not wait for.
-        from diffusers import AutoencoderDC
+        from diffusers.models import AutoencoderDC
 
         directory = Path(autoencoder_directory)
         config = read_json(directory / "config.json")

@@ -8,21 +8,30 @@ of the gradients of its outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 from acestep_ray.models import block_kernels as kernels
-from acestep_ray.models.projection import Refresh, Separately, empty_with_room, project_together
+from acestep_ray.models.projection import (
+    Projection,
+    Refresh,
+    Separately,
+    empty_with_room,
+    project_together,
+)
 from acestep_ray.models.transformer import (
     NORM_EPS,
     ACEStepTransformer,
     Conditioning,
+    DepthwiseConv,
     TransformerBlock,
 )
 
@@ -37,7 +46,17 @@ class _AddNorm(torch.autograd.Function):
     """stream + gate · update (without an update the stream itself), and of that the modulated RMSNorm, or a copy."""
 
     @staticmethod
-    def forward(ctx, stream, update, gate, shift, scale, update_room, room, dtype):
+    def forward(
+        ctx: Any,
+        stream: Tensor,
+        update: Tensor | None,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        update_room: int,
+        room: int | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
         """Without `room` nothing is normed or copied."""
         normed = None if room is None else empty_with_room(stream.shape, room, stream, dtype)
         added, factors = kernels.add_norm(stream, update, gate, shift, scale, NORM_EPS, normed)
@@ -53,17 +72,19 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, added_grad, normed_grad):
+    def backward(
+        ctx: Any, added_grad: Tensor | None, normed_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         added, factors, gate, scale, update = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if added_grad is None and normed_grad is None:
+        given = added_grad if added_grad is not None else normed_grad
+        if given is None:
             return (None,) * len(needs)
         if added_grad is not None:
             added_grad = added_grad.contiguous()
-        is_stream_grad = normed_grad is None and added_grad.dtype == ctx.stream_dtype
+        is_stream_grad = normed_grad is None and given.dtype == ctx.stream_dtype
         update_grad = None
         if ctx.update_dtype is not None:
-            given = added_grad if added_grad is not None else normed_grad
             update_grad = empty_with_room(ctx.shape, ctx.update_room, given, ctx.update_dtype)
         stream_grad = kernels.add_norm_backward(
             added,
@@ -80,6 +101,7 @@ class _AddNorm(torch.autograd.Function):
             stream_grad = added_grad
         gate_grad = shift_grad = scale_grad = None
         if needs[2]:
+            assert stream_grad is not None  # as it was asked for
             gate_grad = (stream_grad.float() * update).sum(dim=1, keepdim=True)
         if needs[3] and normed_grad is not None:
             of_normed = normed_grad.float()
@@ -102,14 +124,16 @@ class _Rotary(torch.autograd.Function):
     """Rotates the first heads of x (rows, C); rows that are not valid get no gradient."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, heads, valid, room):
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, valid: Tensor | None, room: int
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin, valid)
         ctx.heads, ctx.room = heads, room
         return kernels.rotary(x, torch.empty_like(x), cos, sin, heads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, valid = ctx.saved_tensors
         out = empty_with_room(grad.shape, ctx.room, grad)
         grad = kernels.rotary(grad.contiguous(), out, cos, sin, ctx.heads, backward=True, valid=valid)
@@ -120,7 +144,9 @@ class _LinearAttention(torch.autograd.Function):
     """Of the projected queries, keys and values (B, W, 3D), which it rotates in place."""
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, lengths, heads, qkv_room, room):
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, heads: int, qkv_room: int, room: int
+    ) -> Tensor:
         rows = qkv.flatten(0, 1)
         kernels.rotary(rows, rows, cos, sin, 2 * heads, relu=True)
         out = empty_with_room((*qkv.shape[:-1], qkv.shape[-1] // 3), room, qkv)
@@ -131,7 +157,7 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, out_grad):
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin, lengths, *state = ctx.saved_tensors
         grad = empty_with_room(qkv.shape, ctx.room, qkv)
         kernels.linear_attention_backward(qkv, lengths, ctx.heads, state, out_grad, grad)
@@ -142,19 +168,18 @@ class _LinearAttention(torch.autograd.Function):
 
 class _GatedConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lengths):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias, lengths)
         return kernels.gated_conv(x, weight, bias, lengths)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, out_grad):
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, lengths = ctx.saved_tensors
-        trains = ctx.needs_input_grad[1]
         x_grad, taps_grad = kernels.gated_conv_backward(
-            x, weight, bias, lengths, out_grad.contiguous(), trains=trains
+            x, weight, bias, lengths, out_grad.contiguous(), trains=ctx.needs_input_grad[1]
         )
-        if not trains:
+        if taps_grad is None:
             return x_grad, None, None, None
         return x_grad, taps_grad[:3].to(weight.dtype), taps_grad[3].to(bias.dtype), None
 
@@ -203,7 +228,7 @@ class FusedBlock:
         attention, cross, ff = block.attn, block.cross_attn, block.ff
         self.heads = attention.heads
 
-        def together(*layers):
+        def together(*layers: nn.Module) -> Projection | Separately:
             if not join_frozen:
                 return Separately(layers)
             return project_together(layers, dtype, float8=float8)
@@ -240,7 +265,7 @@ class FusedBlock:
         x, normed = _AddNorm.apply(
             x, update, None, shift_f, scale_f, self.cross_out.rank, self.expand.rank, self.dtype
         )
-        conv = self.block.ff.depth_conv.conv
+        conv = cast(DepthwiseConv, self.block.ff.depth_conv.conv)
         taps = conv.weight.squeeze(1).t().contiguous()
         hidden = _GatedConv.apply(self.expand(normed), taps, conv.bias, lengths)
         update = self.contract(hidden)
@@ -283,7 +308,8 @@ def attention_by_song(
 ) -> Tensor:
     """Softmax attention of rows (N, heads, head_dim) within songs, whose rows lie one song after another."""
     if query.is_cuda:
-        return varlen_attn(query, key, value, query_ends, key_ends, longest_query, longest_key)
+        attended = varlen_attn(query, key, value, query_ends, key_ends, longest_query, longest_key)
+        return cast(Tensor, attended)  # a tuple only where more is asked for
     songs = []
     for (q0, q1), (k0, k1) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
         q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
@@ -304,12 +330,15 @@ def fuse(
     every layer stays as it is, as sharding and offloading need it. With `float8` the products with frozen weights are
     computed in float8, which changes the numbers.
     """
-    blocks = transformer.transformer_blocks
-    for block in blocks:
+    projections: list[Projection | Separately] = []
+    for block in cast(Iterable[TransformerBlock], transformer.transformer_blocks):
         block.fused = FusedBlock(block, dtype, join_frozen=join_frozen, float8=float8)
-    refresh = Refresh(projection for block in blocks for projection in block.fused.projections)
+        projections += block.fused.projections
+    refresh = Refresh(projections)
 
-    def prepare(x, frame_mask, condition, angles):
+    def prepare(
+        x: Tensor, frame_mask: Tensor, condition: Conditioning, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Conditioning | PackedConditioning, tuple[Tensor, Tensor]]:
         if _dtype_of(x) != dtype:
             return x, frame_mask, condition, angles
         refresh()

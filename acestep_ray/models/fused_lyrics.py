@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import count, repeat
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,9 @@ class _Dropout(torch.autograd.Function):
     """dropout(factor · x) or dropout(SiLU(x)), in the given dtype."""
 
     @staticmethod
-    def forward(ctx, x, draw, factor, activated, dtype):
+    def forward(
+        ctx: Any, x: Tensor, draw: Draw | None, factor: float, activated: bool, dtype: torch.dtype
+    ) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x if activated else None)
         ctx.draw, ctx.factor, ctx.activated, ctx.dtype = draw, factor, activated, x.dtype
@@ -42,7 +45,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, out_grad):
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad = torch.empty_like(out_grad, dtype=ctx.dtype, memory_format=torch.contiguous_format)
         kernels.dropout_pass(
@@ -55,7 +58,16 @@ class _AddNorm(torch.autograd.Function):
     """stream + dropout(update) (without an update the stream itself), and of that the layer norm."""
 
     @staticmethod
-    def forward(ctx, stream, update, weight, bias, draw, eps, dtype):
+    def forward(
+        ctx: Any,
+        stream: Tensor,
+        update: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        draw: Draw | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
         if update is not None:
             update = update.contiguous()
         added, normed, statistics = kernels.add_norm(stream, update, draw, weight, bias, eps, dtype)
@@ -68,7 +80,9 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, added_grad, normed_grad):
+    def backward(
+        ctx: Any, added_grad: Tensor | None, normed_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         added, statistics, weight = ctx.saved_tensors
         if added_grad is None and normed_grad is None:
             return (None,) * 7
@@ -89,7 +103,17 @@ class _RelativeAttention(torch.autograd.Function):
     """`RelativeSelfAttention` between its linear layers."""
 
     @staticmethod
-    def forward(ctx, q, k, v, p, bias_u, bias_v, mask, draw):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        p: Tensor,
+        bias_u: Tensor,
+        bias_v: Tensor,
+        mask: Tensor,
+        draw: Draw | None,
+    ) -> Tensor:
         batch = len(q)
         heads, head_dim = bias_u.shape
         scale = 1.0 / math.sqrt(head_dim)
@@ -108,7 +132,7 @@ class _RelativeAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, out_grad):
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         q_u, q_v, k, v, places, weights, dropped = ctx.saved_tensors
         heads, needs = ctx.heads, ctx.needs_input_grad
         head_dim = q_u.shape[-1]
@@ -158,7 +182,7 @@ class FusedLyricEncoder:
         if dropout_seeds is not None:
             stream = _Dropout.apply(stream, next(draws), 1.0, False, torch.float32)
         positions = _positions(stream, next(draws), dtype)
-        layers = list(self.encoder.encoders)
+        layers = cast(list[LyricEncoderLayer], list(self.encoder.encoders))
         stream, normed = _add_norm(stream, None, layers[0].norm_mha, None, dtype)
         following = [*(layer.norm_mha for layer in layers[1:]), self.encoder.after_norm]
         for layer, norm in zip(layers, following, strict=True):

@@ -7,7 +7,7 @@ tanh form, 5e-4 off at most: less than what 16 bits round away.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,23 @@ class HubertFeatures(nn.Module):
     and stay float32.
     """
 
+    taps: Tensor
+    taps_bias: Tensor | None
+    first_gain: Tensor
+    first_shift: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    position_weight: Tensor
+    stream_bias: Tensor
+
     def __init__(self, model: HubertModel, dtype: torch.dtype = torch.float32):
         super().__init__()
-        config, encoder = model.config, model.encoder
+        self.model = cast(Any, model)  # what its layers hold is not in their types
+        config, encoder = model.config, self.model.encoder
         self.heads = config.num_attention_heads
         self.norm_first = config.do_stable_layer_norm
         self.norm_over_time = config.feat_extract_norm == "group"
-        first = model.feature_extractor.conv_layers[0]
+        first = self.model.feature_extractor.conv_layers[0]
         self._keep("taps", first.conv.weight[:, 0])
         self._keep("taps_bias", first.conv.bias)
         self._keep("first_gain", first.layer_norm.weight)
@@ -45,7 +55,7 @@ class HubertFeatures(nn.Module):
         biases = [bias for layer in encoder.layers for bias in _output_biases(layer)]
         sums = torch.stack(biases).float().cumsum(dim=0)
         self._keep("stream_bias", torch.cat([torch.zeros_like(sums[:1]), sums]), dtype)
-        self.model = model.to(dtype)
+        self.model.to(dtype)
         self._spectra: dict[int, SpectralConvolution] = {}
 
     def _keep(self, name: str, weight: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
@@ -144,7 +154,7 @@ def strided_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: 
     return out.permute(0, 2, 3, 1)[:, 0].contiguous()
 
 
-def expand(block: nn.Module, x: Tensor) -> Tensor:
+def expand(block: Any, x: Tensor) -> Tensor:
     """The first half of the feed-forward, with GELU."""
     dense = block.intermediate_dense
     if x.is_cuda and x.dtype != torch.float32:
@@ -171,7 +181,7 @@ def _normed(norm: nn.LayerNorm, x: Tensor, added: Tensor | None = None) -> Tenso
     return layer_norm(x, norm.weight, norm.bias, norm.eps, added=added)
 
 
-def _joined_projections(attentions: list[nn.Module], name: str) -> Tensor:
+def _joined_projections(attentions: list[Any], name: str) -> Tensor:
     """(layers, 3 · dim, …): q, k and v of every layer."""
     return torch.stack(
         [
@@ -183,7 +193,7 @@ def _joined_projections(attentions: list[nn.Module], name: str) -> Tensor:
     )
 
 
-def _output_biases(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _output_biases(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.attention.out_proj.bias.detach(), layer.feed_forward.output_dense.bias.detach()
 
 

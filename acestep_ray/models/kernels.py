@@ -40,10 +40,8 @@ def _compiled_kernels() -> ModuleType | None:
     return kernels
 
 
-def column_mask(x: Tensor, widths: Tensor | None) -> Tensor | None:
+def column_mask(x: Tensor, widths: Tensor) -> Tensor:
     """(B, 1, W, 1), one where a column of the image `x` lies within its song."""
-    if widths is None:
-        return None
     columns = torch.arange(x.shape[2], device=x.device)
     return (columns < widths[:, None])[:, None, :, None]
 

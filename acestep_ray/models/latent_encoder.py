@@ -7,6 +7,8 @@ over memory each. Images are (B, H, W, C): channels last, as the tensor cores re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +24,11 @@ from acestep_ray.models.kernels import (
     masked,
 )
 
+# One of diffusers' modules: what it holds depends on the model's configuration, which its type does not tell.
+Block = Any
 
-def encode_mel(encoder: nn.Module, mel: Tensor, frames: Tensor | None = None) -> Tensor:
+
+def encode_mel(encoder: Block, mel: Tensor, frames: Tensor | None = None) -> Tensor:
     """Normalised mel (B, 2, 128, T) → latents (B, 8, 16, T / 8), unscaled, in the weights' dtype.
 
     `encoder` is that of an `AutoencoderDC`. `frames` (B,) int64 are each song's valid mel frames, multiples of 8; None
@@ -42,23 +47,23 @@ def encode_mel(encoder: nn.Module, mel: Tensor, frames: Tensor | None = None) ->
     return masked(latents, widths).permute(0, 3, 1, 2)
 
 
-def residual_block(block: nn.Module, x: Tensor, widths: Tensor | None) -> Tensor:
+def residual_block(block: Block, x: Tensor, widths: Tensor | None) -> Tensor:
     """Two 3×3 convolutions with SiLU between, RMSNorm, residual."""
     hidden = bias_silu_(_convolve(block.conv1, x), block.conv1.bias, widths)
     return _add_norm(block.norm, x, _convolve(block.conv2, hidden), widths)
 
 
-def down_block(block: nn.Module, x: Tensor, widths: Tensor | None) -> Tensor:
+def down_block(block: Block, x: Tensor, widths: Tensor | None) -> Tensor:
     """Half the height and width; the shortcut averages neighbouring pixels and channels. `widths` are the result's."""
     return add_halved_(x, _convolve(block.conv, x), block.conv.bias, block.group_size, widths)
 
 
-def efficient_vit_block(block: nn.Module, x: Tensor, widths: Tensor | None) -> Tensor:
+def efficient_vit_block(block: Block, x: Tensor, widths: Tensor | None) -> Tensor:
     """EfficientViT (Cai et al. 2023, arXiv:2205.14756): multi-scale linear attention, then a gated feed-forward."""
     attention = block.attn
     weight = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
     joined = F.linear(x, weight)
-    scales = [(joined, None)]
+    scales: list[tuple[Tensor, Tensor | None]] = [(joined, None)]
     for projection in attention.to_qkv_multiscale:
         wide = depthwise(joined, projection.proj_in.weight, projection.proj_in.bias, widths)
         scales.append((wide, projection.proj_out.weight))
@@ -88,5 +93,5 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return out.permute(0, 2, 3, 1).contiguous()
 
 
-def _add_norm(norm: nn.Module, residual: Tensor, x: Tensor, widths: Tensor | None) -> Tensor:
+def _add_norm(norm: Block, residual: Tensor, x: Tensor, widths: Tensor | None) -> Tensor:
     return add_rms_norm_(residual, x, norm.weight, norm.bias, norm.eps, widths)

@@ -6,14 +6,17 @@ Parameter names are the released checkpoint's. There is no convolution module.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acestep_ray.models.dropout import counter_dropout
+
+if TYPE_CHECKING:
+    from acestep_ray.models.fused_lyrics import FusedLyricEncoder
 
 DROPOUT = 0.1
 LAYER_NORM_EPS = 1e-5
@@ -143,7 +146,7 @@ class LyricEncoder(nn.Module):
         self.embed = InputEmbedding(width)
         self.encoders = nn.ModuleList([LyricEncoderLayer(width, config) for _ in range(config.num_blocks)])
         self.after_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.fused: Callable | None = None
+        self.fused: FusedLyricEncoder | None = None
         """The same in fewer passes, from `fused_lyrics.fuse_lyric_encoder`; used for what it takes."""
 
     def forward(self, x: Tensor, mask: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:

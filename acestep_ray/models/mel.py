@@ -20,7 +20,10 @@ _TOP_FREQUENCY = 16_000.0
 class LogMelSpectrogram(nn.Module):
     """Magnitudes of a Hann-windowed spectrum on 128 Slaney mels from 40 to 16,000 Hz, floored at 1e-5, log."""
 
-    def __init__(self):
+    filters: torch.Tensor
+    window: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         filters = melscale_fbanks(
             n_freqs=N_FFT // 2 + 1,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,7 @@ class Projection:
             own.copy_(base.weight.detach().view_as(own))
             base.weight.data = own.view(*own.shape, *base.weight.shape[2:])
             if base.bias is not None:
+                assert self.bias is not None  # layers that read one input all have a bias, or none
                 self.bias[start:stop] = base.bias.detach()
                 base.bias.data = self.bias[start:stop]
             start = stop
@@ -137,7 +139,7 @@ class Projection:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, projection: Projection, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, projection: Projection, *parameters: Tensor) -> Tensor:
         ctx.projection = projection
         ctx.shape, ctx.dtype = x.shape, x.dtype
         x = x.to(projection.weight.dtype)
@@ -150,7 +152,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, out_grad: Tensor):
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         projection, k, n = ctx.projection, ctx.projection.inputs, ctx.projection.outputs
         grads = with_room(out_grad, projection.rank)
         parameter_grads = []
@@ -212,8 +214,16 @@ def _float8_product(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor | None
 ) -> Tensor:
     rows, row_scales = kernels.quantise_rows(x)
-    options = {"scale_a": row_scales, "scale_b": scales.t(), "bias": bias, "out_dtype": x.dtype}
-    return torch._scaled_mm(rows, weight.t(), **options, use_fast_accum=True, out=out)
+    return torch._scaled_mm(
+        rows,
+        weight.t(),
+        scale_a=row_scales,
+        scale_b=scales.t(),
+        bias=bias,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+        out=out,
+    )
 
 
 class Separately:
@@ -244,12 +254,12 @@ def project_together(
     return Separately(layers)
 
 
-def base_layer(layer: nn.Module) -> nn.Module:
+def base_layer(layer: Any) -> nn.Linear:
     """The linear layer below a LoRA, or the layer itself."""
     return getattr(layer, "base_layer", layer)
 
 
-def _is_product(layer: nn.Module) -> bool:
+def _is_product(layer: Any) -> bool:
     base = base_layer(layer)
     if any(p.requires_grad for p in base.parameters()) or type(base).forward not in _PLAIN:
         return False
@@ -262,11 +272,12 @@ def _is_product(layer: nn.Module) -> bool:
     )
 
 
-def _adapters(layer: nn.Module) -> list[str]:
+def _adapters(layer: Any) -> list[str]:
+    """Names of peft's LoRAs that are active on the layer."""
     return [name for name in getattr(layer, "active_adapters", ()) if name in layer.lora_A]
 
 
-def _low_rank(layers: Sequence[nn.Module]) -> Iterable[LowRank]:
+def _low_rank(layers: Sequence[Any]) -> Iterable[LowRank]:
     row = rank = 0
     for layer in layers:
         outputs = slice(row, row + base_layer(layer).out_features)

@@ -6,7 +6,8 @@ again. Plain torch, so that it runs on a CPU as on a GPU and inside `torch.compi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,15 @@ def decode_nf4(
     return values.flatten()[: size[0] * size[1]].view(size)
 
 
-FORMS = {"int8": (encode_int8, decode_int8), "nf4": (encode_nf4, decode_nf4)}
+Encode = Callable[[Tensor], tuple[Tensor, ...]]
+"""A weight (out, in) → its codes and what they are decoded with."""
+Decode = Callable[..., Tensor]
+"""These, `size` and `dtype` → the weight."""
+
+FORMS: dict[str, tuple[Encode, Decode]] = {
+    "int8": (encode_int8, decode_int8),
+    "nf4": (encode_nf4, decode_nf4),
+}
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -86,12 +95,12 @@ class _FrozenProduct(torch.autograd.Function):
         return F.linear(x, FORMS[form][1](*stored, size=size, dtype=x.dtype), bias)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, _, ctx.form, ctx.size, *stored = inputs
         ctx.save_for_backward(*stored)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         stored = ctx.saved_tensors  # once: recomputed blocks give them out only once
         weight = FORMS[ctx.form][1](*stored, size=ctx.size, dtype=gradient.dtype)
         return gradient @ weight, *(None for _ in range(3 + len(stored)))

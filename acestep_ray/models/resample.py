@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchaudio.transforms import Resample
 
 # Samples that one row of the product begins with: enough to fill a matrix unit, few of them met by zeros.
@@ -13,6 +13,9 @@ _ROW = 128
 
 class Resampler(nn.Module):
     """The numbers of `torchaudio.transforms.Resample(source_rate, target_rate)`, rounding aside; rates must differ."""
+
+    weight: Tensor
+    """(step + 2 · reach, outputs)."""
 
     def __init__(self, source_rate: int, target_rate: int):
         super().__init__()

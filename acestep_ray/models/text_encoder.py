@@ -44,7 +44,10 @@ class TextEncoder(nn.Module):
         directory = Path(directory)
         settings = read_json(directory / "config.json")
         model = build_on_meta(lambda: UMT5EncoderModel(UMT5Config.from_dict(settings)), directory)
-        tokenizer = _load_tokenizer(directory / "tokenizer.json", model.config.pad_token_id)
+        pad_id = model.config.pad_token_id
+        if pad_id is None:
+            raise InputError("no `pad_token_id`", where=str(directory / "config.json"), fix=FIX)
+        tokenizer = _load_tokenizer(directory / "tokenizer.json", pad_id)
         # A full UMT5 has a decoder as well.
         load_weights(
             model,

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from acestep_ray.models.attention import CrossAttention, LinearSelfAttention, rotary_angles
 from acestep_ray.models.lyric_encoder import LyricEncoder, LyricEncoderConfig
+
+if TYPE_CHECKING:
+    from acestep_ray.models.fused import FusedBlock, PackedConditioning
 
 NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256
@@ -64,13 +68,13 @@ class TransformerConfig:
     lyric_encoder: LyricEncoderConfig = field(default_factory=LyricEncoderConfig)
 
     @classmethod
-    def from_dict(cls, values: Mapping) -> TransformerConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
         """Read a `config.json`; entries that diffusers adds (`_class_name`, …) are left aside.
 
         Raises ValueError for sizes that do not fit each other.
         """
         known = {f.name for f in fields(cls)}
-        given = {
+        given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values.items()
             if key in known and value is not None
@@ -80,7 +84,7 @@ class TransformerConfig:
         config.check()
         return config
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The same as a dict for `config.json`."""
         return asdict(self)
 
@@ -127,6 +131,7 @@ class DepthwiseConv(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         convolution = nn.Conv1d(channels, channels, kernel_size=3, groups=channels)
+        assert convolution.bias is not None  # by default it has one
         self.weight = convolution.weight
         self.bias = convolution.bias
 
@@ -187,12 +192,20 @@ class TransformerBlock(nn.Module):
         self.cross_attn = CrossAttention(dim, config.num_attention_heads, config.attention_head_dim)
         self.ff = GatedConvFeedForward(dim, int(dim * config.mlp_ratio))
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
-        self.fused: Callable | None = None
+        self.fused: FusedBlock | None = None
         """The same in fewer passes, from `fused.fuse`; used for what `fused.prepare` made."""
 
-    def forward(self, x: Tensor, mask: Tensor, time: Tensor, condition: Conditioning, angles) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        time: Tensor,
+        condition: Conditioning | PackedConditioning,
+        angles: tuple[Tensor, Tensor],
+    ) -> Tensor:
         """(B, W, D) → (B, W, D); `time` (B, 6, D) is the timestep's part of the six modulation vectors."""
         if not isinstance(condition, Conditioning):
+            assert self.fused is not None  # `fused.fuse` brought both
             return self.fused(x, mask, time, condition, angles)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.scale_shift_table + time).chunk(6, dim=1)
         x = x + gate_a * self.attn(modulate(rms_norm(x), shift_a, scale_a), mask, angles)
@@ -214,7 +227,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, latents: Tensor, mask: Tensor) -> Tensor:
         """(B, C, H, W) → (B, W, D); the norm's statistics are over frames where `mask` (B, W) is true."""
-        patch, norm, project = self.early_conv_layers
+        patch, norm, project = cast(tuple[nn.Conv2d, nn.GroupNorm, nn.Conv2d], self.early_conv_layers)
         frames = latents.permute(0, 3, 1, 2).flatten(2)
         x = F.linear(frames, patch.weight.flatten(1), patch.bias)
         x = masked_group_norm(x, mask, norm)
@@ -296,7 +309,7 @@ class ACEStepTransformer(nn.Module):
         self.config = config
         self.activation_checkpointing = 0.0
         """Share of the blocks, evenly spread, whose activations are computed again in the backward pass."""
-        self.prepare: Callable | None = None
+        self.prepare: Callable[..., tuple[Any, ...]] | None = None
         """What `fused.fuse` brings before its blocks."""
         dim = config.inner_dim
         self.proj_in = PatchEmbedding(config)
@@ -404,7 +417,7 @@ class ACEStepTransformer(nn.Module):
         *,
         frame_mask: Tensor | None = None,
         with_ssl: bool = False,
-        **condition: Tensor | None,
+        **condition: Any,
     ) -> TransformerOutput:
         """`decode` with what `encode_condition` makes of `condition`, in one call, as training needs it."""
         # Past what sharding wraps around these two for calls from outside: inside of each other its hooks would free

@@ -678,6 +678,6 @@ def _is_fast(x: Tensor) -> bool:
     return x.dtype != torch.float32 and not _INTERPRETED
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device, whatever its arguments lie on."""
     return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,11 +116,14 @@ class ConvNeXtEncoder(nn.Module):
         return self.norm(x)
 
 
-class _WeightNorm:
+class _WeightNorm(nn.Module):
     """Weight norm over dimension 0 with the parameter names `weight_g` and `weight_v`, mixed into a convolution."""
 
+    weight: torch.Tensor
+
     def _normalise_weight(self) -> None:
-        weight = self._parameters.pop("weight").detach()
+        weight = self.weight.detach()
+        del self.weight
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True))
         self.weight_v = nn.Parameter(weight)
 
@@ -150,9 +153,9 @@ class WeightNormConvTranspose1d(_WeightNorm, nn.ConvTranspose1d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=(kernel_size - stride) // 2)
         self._normalise_weight()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.effective_weight()
-        return F.conv_transpose1d(x, weight, self.bias, stride=self.stride, padding=self.padding)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # takes no output size
+        weight, padding = self.effective_weight(), cast(tuple[int], self.padding)
+        return F.conv_transpose1d(x, weight, self.bias, stride=self.stride, padding=padding)
 
 
 class ResidualBlock(nn.Module):

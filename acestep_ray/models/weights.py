@@ -27,14 +27,19 @@ _NAMES = (
     "pytorch_model.bin",
 )
 
+# The released tokenizer and indices have a few megabytes.
+_JSON_BYTES = 64 << 20
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `InputError` where it is missing or not one."""
     try:
+        if path.stat().st_size > _JSON_BYTES:
+            raise InputError("too large for a JSON file of a model", where=str(path), fix=FIX)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError("missing file", where=str(path), fix=FIX) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"cannot read this JSON file ({error})", where=str(path), fix=FIX) from error
     if not isinstance(content, dict):
         raise InputError("this JSON file holds no object", where=str(path), fix=FIX)
@@ -57,7 +62,14 @@ def weight_files(directory: Path) -> list[Path]:
             isinstance(shard, str) for shard in weight_map.values()
         ):
             raise InputError("no `weight_map` from names to files in this index", where=str(path), fix=FIX)
-        shards = [directory / shard for shard in dict.fromkeys(weight_map.values())]
+        names = list(dict.fromkeys(weight_map.values()))
+        if elsewhere := [name for name in names if Path(name).name != name or "\0" in name]:
+            raise InputError(
+                f"this index names weights outside its folder, such as {elsewhere[0]!r}",
+                where=str(path),
+                fix=FIX,
+            )
+        shards = [directory / name for name in names]
         absent = [shard.name for shard in shards if not shard.is_file()]
         if absent:
             raise InputError(f"missing weight files {', '.join(absent)}", where=str(directory), fix=FIX)
@@ -85,8 +97,16 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
         if path.suffix == ".bin":
             try:
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            except pickle.UnpicklingError:  # torch's own message tells how to run what the file holds
+                raise InputError(
+                    "this pickle holds more than tensors, which could run any program, and is not opened",
+                    where=str(path),
+                    fix=FIX,
+                ) from None
+            except (RuntimeError, OSError, EOFError, ValueError) as error:
                 raise InputError(f"cannot read these weights ({error})", where=str(path), fix=FIX) from error
+            if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+                raise InputError("this file holds no tensors by name", where=str(path), fix=FIX)
             for name, tensor in tensors.items():
                 yield name, tensor, path
             continue

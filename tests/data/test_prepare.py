@@ -517,31 +517,6 @@ def test_a_dataset_inside_its_songs_or_the_reverse_is_refused(songs, output):
     assert "inside each other" in refusal(songs, songs.parent / output)
 
 
-@pytest.mark.parametrize("setting", ["data_dir", "output_dir"])
-def test_urls_are_refused_with_what_to_do(songs, setting, monkeypatch):
-    add(songs, "a.wav")
-    monkeypatch.chdir(songs.parent)
-    before = tree(songs.parent)
-    settings = {"data_dir": str(songs), "output_dir": str(songs.parent / "set")} | {
-        setting: "s3://bucket/songs"
-    }
-    with pytest.raises(InputError, match=rf"--{setting} is a URL[^→]*s3://bucket/songs\n  → .*precompute"):
-        prepare_dataset(PrepareConfig(**settings))
-    assert tree(songs.parent) == before
-
-
-def test_a_url_in_a_table_is_a_problem(songs):
-    add(songs, "a.wav")
-    rows = [
-        {"key": "1", "filename": "s3://bucket/a.wav", "tags": "x", "speaker_emb_path": ""},
-        {"key": "2", "filename": "a.wav", "tags": "x", "speaker_emb_path": "s3://bucket/a.pt"},
-    ]
-    message = refusal(write_csv(songs / "list.csv", rows))
-    assert "row 1 (s3://bucket/a.wav): a URL" in message
-    assert "row 2 (a.wav): s3://bucket/a.pt: a URL" in message
-    assert "2 problems" in message
-
-
 def test_a_table_may_lie_beside_the_dataset(songs):
     add(songs, "a.wav")
     table = write_csv(songs / "list.csv", [{"filename": "a.wav", "tags": "x"}])
@@ -621,7 +596,7 @@ def test_a_failure_while_writing_leaves_the_earlier_dataset(songs, monkeypatch, 
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr("acestep_ray.data.prepare._link_or_copy", fail)
+    monkeypatch.setattr("acestep_ray.data.dataset_folder.link_or_copy", fail)
     with pytest.raises(InputError if isinstance(failure, OSError) else KeyboardInterrupt) as caught:
         prepare(songs)
     assert tree(songs.parent / "set") == before

@@ -78,6 +78,13 @@ def test_a_missing_or_broken_tokenizer_is_the_users_to_mend(folder):
         TextEncoder.from_pretrained(folder)
 
 
+def test_a_configuration_without_a_pad_token_is_the_users_to_mend(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
+    with pytest.raises(InputError, match=r"no `pad_token_id`: .*config\.json"):
+        TextEncoder.from_pretrained(folder)
+
+
 def test_an_impossible_configuration_is_the_users_to_mend(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "d_model": "wide"}))

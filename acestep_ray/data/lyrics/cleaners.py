@@ -6,6 +6,7 @@ import re
 import string
 import unicodedata
 from functools import cache
+from typing import Any
 
 from acestep_ray.data.lyrics.numbers import spell_chinese_numbers, spell_numbers
 from acestep_ray.data.lyrics.tables import tables
@@ -47,7 +48,7 @@ def clean(text: str, language: str) -> str:
 
 
 @cache
-def _abbreviations(language: str) -> list[tuple[re.Pattern, str]]:
+def _abbreviations(language: str) -> list[tuple[re.Pattern[str], str]]:
     """Patterns and their spoken forms: a short form ends with a dot, unless a hyphen is its mark ("г-н")."""
     return [
         (re.compile(rf"\b{short}" + (r"\b" if "-" in short else r"\."), re.IGNORECASE), spoken)
@@ -74,14 +75,14 @@ def _pinyin(text: str) -> str:
 
 
 @cache
-def _romaji():
+def _romaji() -> Any:
     import cutlet
 
     return cutlet.Cutlet()
 
 
 @cache
-def _korean_romanizer():
+def _korean_romanizer() -> Any:
     from hangul_romanize import Transliter
     from hangul_romanize.rule import academic
 

@@ -6,7 +6,7 @@ The readings are num2words' and, for Chinese, cn2an's; which number is read in w
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, partial
 
 from acestep_ray.data.lyrics.tables import tables
 
@@ -68,7 +68,7 @@ def _spell_amounts(text: str, language: str) -> str:
 
     before_subunit: str = tables()["currency_and"][language]
 
-    def spell(match: re.Match, currency: str) -> str:
+    def spell(match: re.Match[str], currency: str) -> str:
         amount = float(re.sub(r"[^0-9.]", "", match[0].replace(",", ".")))
         words = num2words(amount, to="currency", currency=currency, lang=language)
         # "twenty dollars, zero cents": the cut falls on the last `before_subunit`, wherever that is.
@@ -76,14 +76,14 @@ def _spell_amounts(text: str, language: str) -> str:
 
     try:
         for currency, pattern in _CURRENCIES:
-            text = pattern.sub(lambda match, currency=currency: spell(match, currency), text)
+            text = pattern.sub(partial(spell, currency=currency), text)
     except Exception:  # num2words reads few currencies in Polish, Russian and Korean, and none in Turkish
         return text
     return text
 
 
 @cache
-def _ordinal_pattern(language: str) -> re.Pattern:
+def _ordinal_pattern(language: str) -> re.Pattern[str]:
     return re.compile("(?<![0-9])" + tables()["ordinals"][language])
 
 

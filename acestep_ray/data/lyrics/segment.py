@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def detect_line_languages(lines: Sequence[str]) -> list[str]:
     follows the song and a clear one stands for itself. A line without letters takes the language before it.
     """
     scripts = [None if is_structure_line(line) else _script(line) for line in lines]
-    languages: list[str | None] = [_LANGUAGE_OF_SCRIPT.get(script) for script in scripts]
+    languages = [None if script is None else _LANGUAGE_OF_SCRIPT.get(script) for script in scripts]
 
     latin = [index for index, script in enumerate(scripts) if script == "latin"]
     if latin:
@@ -173,7 +174,7 @@ def _fill_gaps(languages: list[str | None], lines: Sequence[str]) -> list[str]:
 
 
 @cache
-def _identifier():
+def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)

@@ -91,8 +91,8 @@ class LyricTokenizer:
         self._tokenizer = tokenizer
         self.fingerprint = fingerprint
         """Changes when the vocabulary or the rules of this front end do."""
-        self._start_id = tokenizer.token_to_id(_START)
-        self._space_id = tokenizer.token_to_id(_SPACE)
+        vocabulary = tokenizer.get_vocab()
+        self._start_id, self._space_id = vocabulary[_START], vocabulary[_SPACE]
 
     @classmethod
     def from_file(cls, path: str | Path) -> LyricTokenizer:
