@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -19,7 +20,7 @@ from acestep_ray.data.prepare import PrepareSummary, prepare_dataset
 from acestep_ray.data.schema import open_dataset
 from acestep_ray.device import resolve_device
 from acestep_ray.errors import InputError
-from acestep_ray.generation.job import GenerateSummary, generate
+from acestep_ray.generation.job import GenerateSummary, MadeSong, generate
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.training.job import TrainSummary, train
 from acestep_ray.training.lora import DEFAULT_LORA
@@ -107,6 +108,7 @@ def quickstart(config: QuickstartConfig) -> QuickstartSummary:
     print(trained.render())
 
     announce("generate: prompt and lyrics → music")
+    prompt, lyrics = song_conditions(output / "dataset", cache)
     generate_config = GenerateConfig(
         checkpoint_dir=str(checkpoint),
         output_path=str(output / "music.wav"),
@@ -115,8 +117,11 @@ def quickstart(config: QuickstartConfig) -> QuickstartSummary:
         device=device,
         seed=config.seed,
         infer_steps=30,
-        **song_conditions(output / "dataset", cache),
+        prompt=prompt,
+        lyrics=lyrics,
     )
+    generated = cast(GenerateSummary, generate(generate_config))  # of one song
+    note_music(generated.songs[0], generate_config)
     return QuickstartSummary(
         output=output,
         checkpoint=checkpoint,
@@ -124,7 +129,7 @@ def quickstart(config: QuickstartConfig) -> QuickstartSummary:
         prepared=prepared,
         cached=cached,
         trained=trained,
-        generated=generate(generate_config),
+        generated=generated,
         next_command=next_command(config, generate_config),
         wall_seconds=time.monotonic() - started,
     )
@@ -174,11 +179,27 @@ def train_config(
     )
 
 
-def song_conditions(dataset: Path, cache: Path) -> dict[str, str]:
+def song_conditions(dataset: Path, cache: Path) -> tuple[str, str]:
     """Prompt and lyrics of the first song that is in the cache."""
     key = CacheIndex.open(cache).keys[0]
     row = next(row for row in open_dataset(dataset) if row["keys"] == key)
-    return {"prompt": ", ".join(row["tags"]), "lyrics": row["norm_lyrics"]}
+    return ", ".join(row["tags"]), row["norm_lyrics"]
+
+
+def note_music(song: MadeSong, made: GenerateConfig) -> None:
+    """Write beside the music what it was made from, as training does for its samples: the report shows it."""
+    made_from = {
+        "prompt": made.prompt,
+        "lyrics": made.lyrics,
+        "seed": made.seed,
+        "seconds": song.seconds,
+        "shift": made.shift,
+        "steps": made.infer_steps,
+        "guidance_scale": made.guidance_scale,
+        "omega": made.omega,
+    }
+    text = json.dumps(made_from, ensure_ascii=False, indent=1) + "\n"
+    song.audio.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
 def next_command(config: QuickstartConfig, made: GenerateConfig) -> str:

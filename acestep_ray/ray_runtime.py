@@ -7,15 +7,19 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from acestep_ray.errors import InputError
+from acestep_ray.errors import AceStepError, InputError
+
+# Of a custom resource that only marks nodes: a node with one of it has room for thousands.
+_LITTLE = 0.0001
 
 
 def connect() -> None:
@@ -27,7 +31,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     # Ray's warnings about itself are noise to a user; what goes wrong is raised.
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -44,21 +48,72 @@ def connect() -> None:
     ray.init(address="local", include_dashboard=False, **quiet)
 
 
-def has_gpus() -> bool:
-    """Whether the joined cluster has GPUs."""
-    return ray.cluster_resources().get("GPU", 0) > 0
+def share_of(resource: str | None) -> dict[str, float]:
+    """What a task or an actor asks for to lie on a node with this custom resource; nothing where there is none."""
+    return {} if resource is None else {resource: _LITTLE}
+
+
+def nodes_with(resource: str | None, flag: str) -> list[dict[str, Any]]:
+    """Ray's rows of the nodes that have this custom resource, of all nodes where there is none.
+
+    Raises InputError where no node has it.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    found = [node for node in nodes if resource is None or node["Resources"].get(resource)]
+    if not found:
+        raise InputError(
+            "no node of the Ray cluster has this resource",
+            where=f"{flag} {resource}",
+            fix=f"start nodes with `ray start --resources '{{\"{resource}\": 1}}'`, or leave the flag out",
+        )
+    return found
 
 
 def beside_driver(cls: type) -> Any:
     """`cls` as an actor class whose actors lie on the driver's node: another node's loss does not end them."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(cls)
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    return ray.remote(**options)(cls)
+
+
+@contextmanager
+def faults_explained(job: str, done: str) -> Iterator[None]:
+    """Ray's errors as one message with the cause, without Ray Data's own account of them on the console.
+
+    `done` is what the job had done with the songs that it leaves, such as "encoded".
+    """
+    consoles = [
+        handler
+        for handler in logging.getLogger("ray.data").handlers
+        if isinstance(handler, logging.StreamHandler)
+    ]
+    for console in consoles:
+        console.addFilter(_is_worth_showing)
+    try:
+        yield
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, InputError):
+            raise cause from None
+        # Ray Data adds advice on its own retries.
+        told = str(cause).partition("\nFailed to apply UDF")[0]
+        raise AceStepError(
+            f"{job} stopped: {told}\n  → the songs that were {done} are kept; the same command goes on from there"
+        ) from error
+    finally:
+        for console in consoles:
+            console.removeFilter(_is_worth_showing)
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    """Warnings, such as that of a cluster without room for the models; errors are told by what is raised."""
+    return record.levelno == logging.WARNING and not record.getMessage().startswith("Progress bars disabled")
 
 
 class _Flag:
     """An actor that somebody raises once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_raised = False
 
     def raise_it(self) -> None:
@@ -73,7 +128,7 @@ class StopSignal:
 
     INTERVAL_SECONDS = 1.0
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._flag = beside_driver(_Flag).remote()
 
     def request(self) -> None:
@@ -89,7 +144,7 @@ class StopSignal:
 class _Looker:
     """Looks at a flag from a thread of its own, once it is asked for the first time."""
 
-    def __init__(self, flag: ActorHandle, interval: float):
+    def __init__(self, flag: ActorHandle[Any], interval: float):
         self.flag = flag
         self.interval = interval
         self.is_raised = False
@@ -113,7 +168,7 @@ class _Looker:
 class _Lines:
     """An actor that holds lines until the driver takes them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lines: list[str] = []
 
     def put(self, line: str) -> None:
@@ -132,7 +187,7 @@ class Console:
 
     INTERVAL_SECONDS = 0.5
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lines = beside_driver(_Lines).remote()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print_until_ended, daemon=True)
@@ -147,7 +202,7 @@ class Console:
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
 

@@ -16,7 +16,7 @@ MAX_ATTEMPTS = 3
 class Attempts:
     """An actor that counts how often a stage has begun a song that it did not finish: its process ended."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def begin(self, stage: str, keys: list[str]) -> int:

@@ -90,16 +90,20 @@ class Encoder:
         Raises what the models raise when the machine or the program is to blame rather than a song.
         """
         outcomes: dict[int, dict[str, Any] | Reject] = {}
+        lyrics: dict[int, dict[str, Any]] = {}
         for i, decoded in enumerate(songs):
-            outcomes[i] = {}
-            if self.lyric_tokenizer is not None:
-                outcomes[i] = encode_lyrics(decoded, self.lyric_tokenizer, self.recipe)
-        usable = [i for i, outcome in outcomes.items() if not isinstance(outcome, Reject)]
+            tokenizer = self.lyric_tokenizer
+            found = {} if tokenizer is None else encode_lyrics(decoded, tokenizer, self.recipe)
+            if isinstance(found, Reject):
+                outcomes[i] = found
+            else:
+                lyrics[i] = found
+        usable = list(lyrics)
         per_pass = 1 if self.device == "cpu" else max(1, len(usable))
         for start in range(0, len(usable), per_pass):
             batch = usable[start : start + per_pass]
             for i, features in zip(batch, self._encode_together([songs[i] for i in batch]), strict=True):
-                outcomes[i] = features if isinstance(features, Reject) else {**outcomes[i], **features}
+                outcomes[i] = features if isinstance(features, Reject) else {**lyrics[i], **features}
         return [outcomes[i] for i in range(len(songs))]
 
     def encode_song(self, decoded: DecodedSong) -> pa.Table | Reject:
@@ -158,7 +162,8 @@ class Encoder:
                 for song, directions in zip(features, encoder.encode_batch(songs), strict=True):
                     song.setdefault("ssl", {})[name] = directions
         if self.text_encoder is not None:
-            for song, song_prompts, embeddings in zip(features, prompts, self._embed(prompts), strict=True):
+            embedded = _embed(prompts, self.text_encoder)
+            for song, song_prompts, embeddings in zip(features, prompts, embedded, strict=True):
                 song["prompts"], song["text_embeddings"] = song_prompts, embeddings
         return features
 
@@ -170,16 +175,6 @@ class Encoder:
             row[:, : wave.shape[1]] = wave
             row[:, wave.shape[1] :] = 0
         return host.to(self.device, non_blocking=True)
-
-    def _embed(self, prompts: Sequence[Sequence[PromptVariant]]) -> list[list[torch.Tensor]]:
-        texts = [prompt.text for song in prompts for prompt in song]
-        embeddings: list[torch.Tensor] = []
-        for start in range(0, len(texts), _PROMPTS_PER_PASS):
-            hidden, mask = self.text_encoder.encode(texts[start : start + _PROMPTS_PER_PASS])
-            tokens = mask.sum(dim=1).int().tolist()
-            embeddings += [prompt[:n].half() for prompt, n in zip(hidden, tokens, strict=True)]
-        remaining = iter(embeddings)
-        return [[next(remaining) for _ in song] for song in prompts]
 
     def _columns(self, features: dict[str, Any]) -> dict[str, Any] | None:
         """Features as values of `SAMPLE_SCHEMA`, or None where one is not finite."""
@@ -219,6 +214,18 @@ def quantise_directions(features: torch.Tensor) -> torch.Tensor:
     largest = features.abs().amax(dim=1, keepdim=True)
     # Divided before multiplied: 127 / tiny would overflow.
     return (features / torch.where(largest > 0, largest, 1) * 127).round().to(torch.int8)
+
+
+def _embed(prompts: Sequence[Sequence[PromptVariant]], text_encoder: TextEncoder) -> list[list[torch.Tensor]]:
+    """A float16 (tokens, text_dim) for each prompt of each song."""
+    texts = [prompt.text for song in prompts for prompt in song]
+    embeddings: list[torch.Tensor] = []
+    for start in range(0, len(texts), _PROMPTS_PER_PASS):
+        hidden, mask = text_encoder.encode(texts[start : start + _PROMPTS_PER_PASS])
+        tokens = mask.sum(dim=1).int().tolist()
+        embeddings += [prompt[:n].half() for prompt, n in zip(hidden, tokens, strict=True)]
+    remaining = iter(embeddings)
+    return [[next(remaining) for _ in song] for song in prompts]
 
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:

@@ -36,7 +36,7 @@ from acestep_ray.cache.transport import (
 from acestep_ray.data.audio import MIN_SECONDS, SAMPLE_RATE, probe_seconds
 from acestep_ray.data.schema import RejectReason, locate_file
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.ray_runtime import beside_driver
+from acestep_ray.ray_runtime import beside_driver, nodes_with, share_of
 from acestep_ray.storage import Store
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ _DECODE_CPUS = 1.0
 _STORE_CPUS = 0.25
 # Small tasks could be several on every core, each in a process that takes seconds of a core to start.
 _CPUS_PER_PLAN, _CPUS_PER_STORE = 8, 4
-# On a machine with few cores, so that every stage finds a place beside the encoders.
-_FEW_CPUS, _DECODE_CPUS_OF_FEW = 4, 0.5
+# Where no node has more cores than a few, so that every stage finds a place beside the encoders.
+_FEW_CPUS, _DECODE_CPUS_OF_FEW = 4, 0.4
 _SONGS_PER_LIST = 128
 # Batches that share a stored file, about 64 MB; few songs get one each: little is lost when the run is killed.
 _BATCHES_PER_FILE, _FEW_SONGS = 8, 64
@@ -75,6 +75,8 @@ class EncoderPool:
     num_cpus: float
     """On a CPU also the number of threads, at least one."""
     num_gpus: float
+    resource: str | None = None
+    """Custom resource of the nodes that they lie on; none for any."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Graph:
     batch_frames: int
     """Latent frames of a batch, padding included."""
     decode_workers: int | None
+    decode_resource: str | None = None
+    """Custom resource of the nodes that decode; none for any."""
 
     @property
     def budget(self) -> float:
@@ -131,10 +135,13 @@ class Graph:
             compute=TaskPoolStrategy(size=-(-int(cpus) // _CPUS_PER_PLAN)),
             **_BY_BLOCK,
         )
+        nodes = nodes_with(self.decode_resource, "--decode_resource")
+        most_cpus = max(node["Resources"].get("CPU", 0) for node in nodes)
         return dataset.map_batches(
             partial(_decode, attempts=self.attempts, **shared),
-            num_cpus=_DECODE_CPUS if cpus >= _FEW_CPUS else _DECODE_CPUS_OF_FEW,
+            num_cpus=_DECODE_CPUS if most_cpus >= _FEW_CPUS else _DECODE_CPUS_OF_FEW,
             compute=TaskPoolStrategy(size=self.decode_workers),
+            resources=share_of(self.decode_resource),
             **_BY_BLOCK,
         )
 
@@ -147,6 +154,10 @@ class Graph:
                 compute=ActorPoolStrategy(size=min(pool.actors, count)),
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
+                resources=share_of(pool.resource),
+                # Ray Data's default. Said here, it also keeps decoding a stage of its own: stages whose arguments are
+                # equal become one.
+                max_restarts=-1,
                 **_BY_BLOCK,
             )
         return dataset.map_batches(

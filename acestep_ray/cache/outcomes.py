@@ -75,7 +75,8 @@ class Outcomes:
         versions: dict[str, dict[int, int]] = {}
         for place in self._rejects_of.get(song.key, ()):
             reject = self.rejects[place]
-            if reject.fingerprint is not None and not RejectReason(reject.reason).is_transient:
+            reason = RejectReason(reject.reason)  # type: ignore[call-arg]  # mypy takes it for a call of its `__new__`
+            if reject.fingerprint is not None and not reason.is_transient:
                 versions.setdefault(reject.fingerprint, {}).setdefault(reject.window, place)
         return list(versions.values())
 

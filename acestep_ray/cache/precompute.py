@@ -9,8 +9,6 @@ stored or rejected, small files are joined, and the manifest is written, which m
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import acestep_ray
@@ -51,8 +48,8 @@ from acestep_ray.data.audio import MIN_SECONDS
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.songs import SongTable
 from acestep_ray.device import gpu_memory
-from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.ray_runtime import connect
+from acestep_ray.errors import InputError
+from acestep_ray.ray_runtime import connect, faults_explained, nodes_with
 from acestep_ray.storage import Store
 
 if TYPE_CHECKING:
@@ -132,11 +129,12 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
     cache = Store.at(config.output_dir)
     claim_output_dir(cache)
     connect()
+    nodes_with(config.decode_resource, "--decode_resource")
     pools = choose_pools(config, features, checkpoint)
     recipe = make_recipe(config, checkpoint, features, device=pools[0].device)
     run = _Run(songs, cache, recipe, checkpoint, pools, config)
 
-    with _faults_explained():
+    with faults_explained("precompute", "encoded"):
         kept_rows, kept_rejects = run.find_unchanged()
         new_rows, new_rejects = run.compute(
             {*kept_rows["song_key"].to_pylist(), *(r.song_key for r in kept_rejects)}
@@ -245,42 +243,45 @@ def choose_pools(
 
     Raises InputError where the cluster has no place for them.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    resource = config.encode_resource
+    nodes = [node["Resources"] for node in nodes_with(resource, "--encode_resource")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    the_nodes = "the Ray cluster has" if resource is None else f"the nodes with {resource} have"
     cores = [node["CPU"] for node in nodes if node.get("CPU")]
     if not cores:
-        raise InputError("the Ray cluster has no CPUs", fix="start Ray with --num-cpus 2 or more")
+        raise InputError(f"{the_nodes} no CPUs", fix="start Ray with --num-cpus 2 or more")
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
     if device == "cuda" and not gpus:
         raise InputError(
-            "--device is cuda, and the Ray cluster has no GPU",
+            f"--device is cuda, and {the_nodes} no GPU",
             fix="give --device cpu, or start Ray where torch sees a GPU",
         )
     if "ssl" in features and not checkpoint.ssl_names:
         features = tuple(name for name in features if name != "ssl") or features
     if not config.separate_encoders:
         if device == "cpu":
-            return [_cpu_pool(features, config.encoder_workers or len(cores), cores)]
-        actors = config.encoder_workers or _actors_per_gpu() * gpus
+            return [_cpu_pool(features, config.encoder_workers or len(cores), cores, resource)]
+        actors = config.encoder_workers or _actors_per_gpu(resource) * gpus
         together = -(-actors // gpus)
         share = config.encoder_gpus if config.encoder_gpus is not None else 1 / together
         num_cpus = min(1, _CPUS_PER_GPU / together)
-        return [EncoderPool(features, device, actors, num_cpus, num_gpus=share)]
+        return [EncoderPool(features, device, actors, num_cpus, num_gpus=share, resource=resource)]
     pools = []
     for group in features:
         flag = {"latents": "codec"}.get(group, group)
         actors, share = getattr(config, f"{flag}_workers"), getattr(config, f"{flag}_gpus")
         if device == "cpu" or share == 0:
-            pools.append(_cpu_pool((group,), actors or len(cores), cores, pools=len(features)))
+            pools.append(_cpu_pool((group,), actors or len(cores), cores, resource, pools=len(features)))
             continue
         share = share if share is not None else _GPU_SHARES[group]
-        pools.append(EncoderPool((group,), device, actors or gpus, num_cpus=0.5, num_gpus=share))
+        pools.append(EncoderPool((group,), device, actors or gpus, 0.5, num_gpus=share, resource=resource))
     return pools
 
 
-def _actors_per_gpu() -> int:
-    """As many as the memory of the cluster's smallest GPU has room for."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+def _actors_per_gpu(resource: str | None) -> int:
+    """As many as the memory of the smallest GPU of these nodes has room for."""
+    nodes = nodes_with(resource, "--encode_resource")
+    nodes = [node["NodeID"] for node in nodes if node["Resources"].get("GPU")]
     smallest = min(_gpu_memories(nodes))
     if not smallest:
         raise InputError(
@@ -297,11 +298,14 @@ def _gpu_memories(nodes: Sequence[str]) -> list[int]:
     return ray.get([memory.options(scheduling_strategy=place).remote() for place in places])
 
 
-def _cpu_pool(features: tuple[str, ...], actors: int, cores: list[float], pools: int = 1) -> EncoderPool:
+def _cpu_pool(
+    features: tuple[str, ...], actors: int, cores: list[float], resource: str | None, pools: int = 1
+) -> EncoderPool:
     share = min(cores) / -(-actors // len(cores)) / pools
-    # Whole cores but one, or where that leaves none half of the share: decoding needs the rest.
-    num_cpus = int(share - 1) if share >= 2 else share / 2
-    return EncoderPool(features, "cpu", actors, num_cpus, num_gpus=0)
+    # Whole cores but one, as decoding needs the rest. Of a few cores more than half: when a node is lost, its encoder
+    # finds no place on another, where no room would be left to decode in.
+    num_cpus = int(share - 1) if share >= 3 else 0.6 * share
+    return EncoderPool(features, "cpu", actors, num_cpus, num_gpus=0, resource=resource)
 
 
 # --- the run -----------------------------------------------------------------------------------------------
@@ -350,6 +354,7 @@ class _Run:
                 pools=self.pools,
                 batch_frames=self.config.batch_frames,
                 decode_workers=self.config.decode_workers,
+                decode_resource=self.config.decode_resource,
             )
             for ledger, rejected in graph.run((Song.from_row(row) for row in values), pending):
                 rows.append(ledger)
@@ -403,38 +408,3 @@ def _map_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -
     while running:
         done, running = ray.wait(running)
         yield from ray.get(done)
-
-
-# --- faults ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _faults_explained() -> Iterator[None]:
-    """Ray's errors as one message with the cause, without Ray Data's own account of them on the console."""
-    consoles = [
-        handler
-        for handler in logging.getLogger("ray.data").handlers
-        if isinstance(handler, logging.StreamHandler)
-    ]
-    for handler in consoles:
-        handler.addFilter(_is_worth_showing)
-    try:
-        yield
-    except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, InputError):
-            raise cause from None
-        # Ray Data adds advice on its own retries.
-        told = str(cause).partition("\nFailed to apply UDF")[0]
-        raise AceStepError(
-            f"precompute stopped: {told}\n"
-            "  → the songs that were encoded are kept; the same command goes on from there"
-        ) from error
-    finally:
-        for handler in consoles:
-            handler.removeFilter(_is_worth_showing)
-
-
-def _is_worth_showing(record: logging.LogRecord) -> bool:
-    """Warnings, such as that of a cluster without room for the encoders; errors are told by what is raised."""
-    return record.levelno == logging.WARNING and not record.getMessage().startswith("Progress bars disabled")

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.cache.parts import damaged, read_row
@@ -62,7 +63,7 @@ class CacheReader:
         """The song with this key. Raises KeyError if there is none, and what `read` raises."""
         return self.read(self.index.position(key))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[CacheReader], tuple[CacheIndex, tuple[str, ...]]]:
         return CacheReader, (self.index, self.needs)
 
 
@@ -112,5 +113,5 @@ def _tensors(values: pa.BinaryArray, kind: pa.DataType) -> list[torch.Tensor]:
         if rest:
             raise ValueError(f"{end - start} bytes are no array of {kind}")
         buffers = [None, content.slice(start, end - start) if length else pa.py_buffer(b"")]
-        tensors.append(torch.from_dlpack(pa.Array.from_buffers(kind, length, buffers)))
+        tensors.append(from_dlpack(pa.Array.from_buffers(kind, length, buffers)))
     return tensors

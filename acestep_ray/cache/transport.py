@@ -65,10 +65,10 @@ def read_decoded(batch: pa.Table, row: int) -> DecodedSong:
     arrays = {}
     for name in ("wave", "speaker"):
         value = batch[name][row] if name in batch.column_names else None
-        is_there = value is not None and value.is_valid
-        arrays[name] = np.frombuffer(value.as_buffer(), np.float32) if is_there else None
-    wave = np.zeros((2, 0), np.float32) if arrays["wave"] is None else arrays["wave"].reshape(2, -1)
-    return DecodedSong.from_header(header, wave, arrays["speaker"])
+        if value is not None and value.is_valid:
+            arrays[name] = np.frombuffer(value.as_buffer(), np.float32)
+    wave = arrays["wave"].reshape(2, -1) if "wave" in arrays else np.zeros((2, 0), np.float32)
+    return DecodedSong.from_header(header, wave, arrays.get("speaker"))
 
 
 @contextlib.contextmanager

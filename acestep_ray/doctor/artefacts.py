@@ -13,10 +13,10 @@ from acestep_ray.data.audio_source import AudioError
 from acestep_ray.data.schema import locate_file
 from acestep_ray.data.songs import SongTable
 from acestep_ray.doctor.finding import Finding, from_error, ok, problem, warning
-from acestep_ray.errors import InputError
+from acestep_ray.errors import InputError, without_password
 from acestep_ray.models.checkpoint import ACE_STEP_V1, SSL_FOLDERS, CheckpointDir
 from acestep_ray.models.fingerprints import noted_sha256
-from acestep_ray.tracking.mlflow_run import OFF, reason_of, short_requests, without_password
+from acestep_ray.tracking.mlflow_run import OFF, reason_of, short_requests
 
 SAMPLED = 5
 """Songs of a dataset or a cache that are looked at, evenly spread over it."""

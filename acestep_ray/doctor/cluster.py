@@ -202,7 +202,7 @@ def look_and_print(address: str, place: str | None) -> None:
 
 def knock(address: str) -> None:
     """Print whether the cluster admits who has this process's environment."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, and missing in its stub
 
     _print_answer(lambda: {"cluster": GcsClient(address=address).cluster_id.hex()})
 

@@ -11,13 +11,17 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from acestep_ray.doctor import machine
 from acestep_ray.doctor.finding import PROBLEM, WARNING, Finding, from_error, ok, problem
 from acestep_ray.doctor.output import check_output
 from acestep_ray.errors import InputError
 from acestep_ray.storage import is_url
+
+if TYPE_CHECKING:
+    from acestep_ray.models.checkpoint import CheckpointDir
 
 REMOTE_SECONDS = 60.0
 """After which storage or a server that does not answer is given up."""
@@ -79,7 +83,7 @@ def doctor(
     if os.path.isdir(_SHARED_MEMORY):
         look("/dev/shm", _check_shared_memory)
     look("audio", _check_decoders)
-    checkpoint = []
+    checkpoint: list[CheckpointDir] = []
     if checkpoint_dir is not None:
         look("checkpoint", lambda: _check_checkpoint(checkpoint_dir, fingerprint, checkpoint))
     look("GPU", lambda: _check_gpus(checkpoint[0] if checkpoint else None))
@@ -94,7 +98,7 @@ def doctor(
         )
     for place, flag in ((cache, "--cache"), (exp_dir, "--exp_dir")):
         if place is not None and not is_url(place):
-            look("disk", lambda place=place, flag=flag: machine.check_disk(place, flag))
+            look("disk", partial(machine.check_disk, place, flag))
     if tracking_uri is not None:
         look("tracking", lambda: _artefacts().check_tracking(tracking_uri), REMOTE_SECONDS)
     address = address or os.environ.get("RAY_ADDRESS")
@@ -163,7 +167,7 @@ def _check_decoders() -> Finding:
     return machine.check_decoders(why_no_torchcodec())
 
 
-def _check_checkpoint(directory: str, fingerprint: bool, opened: list[Any]) -> Iterator[Finding]:
+def _check_checkpoint(directory: str, fingerprint: bool, opened: list[CheckpointDir]) -> Iterator[Finding]:
     """The findings; a directory that is whole goes to `opened`."""
     from acestep_ray.models.checkpoint import CheckpointDir
 
@@ -171,7 +175,7 @@ def _check_checkpoint(directory: str, fingerprint: bool, opened: list[Any]) -> I
     yield from _artefacts().check_checkpoint(opened[0], fingerprint=fingerprint)
 
 
-def _check_gpus(checkpoint: Any) -> Iterator[Finding]:
+def _check_gpus(checkpoint: CheckpointDir | None) -> Iterator[Finding]:
     from acestep_ray.doctor import gpu
     from acestep_ray.models.transformer import TransformerConfig
 

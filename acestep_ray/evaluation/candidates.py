@@ -14,7 +14,8 @@ from acestep_ray.config import EvaluateConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.export.extract import check_same_layout, find_transformer
 from acestep_ray.export.fetched import fetched_lora
-from acestep_ray.export.lora import LORA_FILE, check_lora_fits, merge_loras
+from acestep_ray.export.lora import check_lora_fits, merge_loras
+from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.export.source import checkpoint_folder, open_source
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
@@ -71,7 +72,7 @@ def find_candidates(config: EvaluateConfig, base: CheckpointDir, copies: ExitSta
 
     Raises InputError for what is no model, is damaged, or was made for a model of another size.
     """
-    paths = [item.strip() for item in config.models.split(",") if item.strip()]
+    paths = [item.strip() for item in (config.models or "").split(",") if item.strip()]
     if not paths:
         raise InputError("no model is given", where="--models", fix="give `base`, LoRAs or experiments")
     strengths = _strengths(config.lora_weight, len(paths))
@@ -91,7 +92,7 @@ def find_candidates(config: EvaluateConfig, base: CheckpointDir, copies: ExitSta
     return _with_own_labels(found)
 
 
-def _strengths(text: str | None, count: int) -> list[float | None]:
+def _strengths(text: str | None, count: int) -> Sequence[float | None]:
     if text is None:
         return [None] * count
     try:

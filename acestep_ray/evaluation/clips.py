@@ -14,7 +14,6 @@ from acestep_ray.config import EvaluateConfig
 from acestep_ray.diffusion.sampler import sample
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.embeddings import find_audio
-from acestep_ray.evaluation.songs import condition_of
 from acestep_ray.generation.render import decode, decoding_bytes, free_bytes, starting_noise, write_audio
 from acestep_ray.models.codec import SAMPLE_RATE, MusicCodec, latent_frames
 from acestep_ray.models.transformer import ACEStepTransformer
@@ -54,7 +53,7 @@ def generate_clips(
         latents = sample(
             transformer,
             starting_noise(frames, seed).to(device),
-            condition_of(song, device),
+            song.condition(device),
             steps=config.infer_steps,
             guidance_scale=config.guidance_scale,
             omega=config.omega,

@@ -8,7 +8,7 @@ many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     (mean_1, root_1), (mean_2, root_2) = _mean_and_root(first), _mean_and_root(second)
     if min(len(first), len(second)) > first.shape[1]:
         # RᵀR is AᵀA too, and smaller.
-        root_1, root_2 = (np.linalg.qr(root, mode="r") for root in (root_1, root_2))
+        root_1, root_2 = _triangle(root_1), _triangle(root_2)
     shared = np.linalg.svd(root_1 @ root_2.T, compute_uv=False).sum()
     distance = (
         np.square(mean_1 - mean_2).sum() + np.square(root_1).sum() + np.square(root_2).sum() - 2 * shared
@@ -104,10 +104,15 @@ def _mean_and_root(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, (embeddings - mean) / np.sqrt(len(embeddings) - 1)
 
 
+def _triangle(root: np.ndarray) -> np.ndarray:
+    """R of the QR decomposition."""
+    return np.linalg.qr(root, mode="r")  # type: ignore[return-value]  # numpy's stub takes every mode for "reduced"
+
+
 def _points(
     made: Sequence[np.ndarray],
     reference: Sequence[np.ndarray],
-    shares: Sequence[float],
+    shares: Iterable[float],
     subsets: int,
     random: np.random.Generator,
 ) -> list[tuple[float, float]]:

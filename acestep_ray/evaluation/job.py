@@ -28,12 +28,17 @@ from acestep_ray.evaluation.report import (
     PAGE_FILE,
     SCORES_FILE,
     EvaluateSummary,
-    score_rows,
     write_page,
     write_tables,
 )
 from acestep_ray.evaluation.runs import evaluation_run, log_models, log_report
-from acestep_ray.evaluation.scores import ModelScore, Yardsticks, read_yardsticks, score_clips
+from acestep_ray.evaluation.scores import (
+    ModelScore,
+    Yardsticks,
+    read_yardsticks,
+    score_clips,
+    score_rows,
+)
 from acestep_ray.evaluation.songs import choose_songs, open_cache
 from acestep_ray.export.card import read_run
 from acestep_ray.generation.models import AUTO, PRECISIONS, is_bfloat16
@@ -78,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     settings = asdict(config)
     with contextlib.ExitStack() as copies:
         config = brought_here(config, copies)
-        plan = found = None
+        plan, found = None, {}
         if config.generated_dir is None:
             plan = make_plan(config, checkpoint, copies, notes)
         else:
@@ -219,7 +224,7 @@ def measure_models(
 
 def mixed_precision(
     transformer: ACEStepTransformer, config: EvaluateConfig, device: torch.device
-) -> contextlib.AbstractContextManager:
+) -> torch.autocast:
     """The context that a model computes in, as the settings ask; in bfloat16 it takes the fused path where it can."""
     half = is_bfloat16(config.precision, on_gpu=device.type == "cuda")
     if half:
@@ -238,7 +243,8 @@ def score_model(
     pictures.mkdir(parents=True, exist_ok=True)
 
     def draw(clip: Clip, wave: np.ndarray) -> Path:
-        picture = pictures / f"{clip.path.name if clip.seed is not None else clip.key.replace('/', '_')}.png"
+        name = clip.key.replace("/", "_") if clip.path is None or clip.seed is None else clip.path.name
+        picture = pictures / f"{name}.png"
         write_mel_picture(picture, wave, f"{clip.key} · {score.label}")
         return picture
 
@@ -252,7 +258,7 @@ def draw_curves(candidates: Sequence[Candidate]) -> dict[str, Figure]:
     """The training losses of models that come from a run, by model, as far as they are still known."""
     curves = {}
     for candidate in candidates:
-        if candidate.experiment is not None:
+        if candidate.experiment is not None and candidate.step is not None:
             losses = read_run(candidate.experiment, candidate.step).losses
             if losses:
                 title = f"{candidate.experiment.name}, up to step {candidate.step}"

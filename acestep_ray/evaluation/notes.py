@@ -6,7 +6,7 @@ from __future__ import annotations
 class Notes:
     """Lines for the user."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lines: list[str] = []
 
     def tell(self, text: str) -> None:

@@ -228,8 +228,9 @@ def _add_clips(page: Page, scores: Sequence[ModelScore]) -> None:
 
 
 def _facts(clip: ClipScore) -> dict[str, Any]:
-    facts = {"flags": clip.flags} if clip.flags else {}
-    facts |= {name: value for name, value in clip.sound.figures().items() if value is not None}
+    facts: dict[str, Any] = {"flags": clip.flags} if clip.flags else {}
+    if clip.sound is not None:
+        facts |= {name: value for name, value in clip.sound.figures().items() if value is not None}
     for encoder, nearest in clip.nearest.items():
         at = nearest.closest
         where = f"{nearest.nearest_songs[at]} at {nearest.nearest_seconds[at]:.1f} s"
@@ -263,7 +264,7 @@ def draw_distances(scores: Sequence[ModelScore], encoder: str) -> Figure:
         found = score.frechet.get(encoder)
         if found is None:
             continue
-        if found.infinity is None:
+        if found.low is None or found.high is None:
             axes.axhline(found.distance, linestyle=":", label=f"{score.label} (no FAD∞)")
             continue
         x, y = zip(*found.points, strict=True)

@@ -69,7 +69,7 @@ class ModelScore:
                 found |= similarity_metrics(f"nearest/{encoder}", np.concatenate(windows), limit)
         sounds = [clip.sound.figures() for clip in self.clips if clip.sound is not None]
         for name in sounds[0] if sounds else ():
-            values = [sound[name] for sound in sounds if sound[name] is not None]
+            values = [value for sound in sounds if (value := sound[name]) is not None]
             found[f"sound/{name}"] = fmean(values) if values else None
         if self.clips:
             found["sound/flagged"] = fmean(bool(clip.flags) for clip in self.clips)
@@ -167,8 +167,8 @@ def score_clips(
             score.flags.append(NOT_FINITE)
         for encoder, song in embedded.items():
             made[encoder].append(song.apart)
-            if encoder in yardsticks.training:
-                score.nearest[encoder] = yardsticks.training[encoder].nearest(song)
+            if encoder in yardsticks.training and (nearest := yardsticks.training[encoder].nearest(song)):
+                score.nearest[encoder] = nearest
         scores.append(score)
     reference = {name: [song.apart for song in songs] for name, songs in yardsticks.reference.items()}
     return scores, distances_from(label, made, reference, notes)
@@ -240,13 +240,22 @@ def _clip_row(label: str, score: ClipScore, encoders: Sequence[str], folder: Pat
         "flags": score.flags,
     }
     for encoder in encoders:
-        nearest = score.nearest.get(encoder)
-        at = None if nearest is None else nearest.closest
-        row[f"{encoder}/nearest"] = None if at is None else float(nearest.similarities[at])
-        row[f"{encoder}/nearest_mean"] = None if at is None else float(nearest.similarities.mean())
-        row[f"{encoder}/nearest_song"] = None if at is None else nearest.nearest_songs[at]
-        row[f"{encoder}/nearest_seconds"] = None if at is None else nearest.nearest_seconds[at]
+        row |= _nearest_columns(encoder, score.nearest.get(encoder))
     return row
+
+
+def _nearest_columns(encoder: str, nearest: Nearest | None) -> dict[str, Any]:
+    columns = [f"{encoder}/{name}" for name in ("nearest", "nearest_mean", "nearest_song", "nearest_seconds")]
+    if nearest is None:
+        return dict.fromkeys(columns)
+    at = nearest.closest
+    values = (
+        float(nearest.similarities[at]),
+        float(nearest.similarities.mean()),
+        nearest.nearest_songs[at],
+        nearest.nearest_seconds[at],
+    )
+    return dict(zip(columns, values, strict=True))
 
 
 def _named(path: Path | None, folder: Path) -> str | None:

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
-from torch import Tensor
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.schema import CachedSong
 from acestep_ray.config import EvaluateConfig
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.candidates import Candidate
@@ -26,6 +23,8 @@ from acestep_ray.training.holdout import hold_out, recordings_of_cache
 
 def open_cache(config: EvaluateConfig, checkpoint: CheckpointDir) -> CacheIndex:
     """The feature cache. Raises InputError where it is none, or was computed with other models."""
+    if config.dataset_path is None:
+        raise InputError("no feature cache is given", where="--dataset_path", fix="give one")
     index = CacheIndex.open(config.dataset_path)
     fix = "run precompute with this checkpoint"
     missing = [group for group in ("latents", "text") if group not in index.features]
@@ -111,16 +110,3 @@ def _held_out_by_run(experiment: Path, index: CacheIndex) -> tuple[bool, int | N
             where=str(experiment),
             fix="say it yourself with --val_songs",
         ) from None
-
-
-def condition_of(song: CachedSong, device: torch.device) -> dict[str, Tensor]:
-    """First prompt, lyrics and speaker as the arguments of `ACEStepTransformer.encode_condition`, for one song."""
-    text = song.text_embeddings[0].float()
-    condition = {
-        "text": text[None],
-        "text_mask": torch.ones(1, len(text), dtype=torch.bool),
-        "speaker": song.speaker[None],
-        "lyric_ids": song.lyric_ids[None],
-        "lyric_mask": torch.full((1, len(song.lyric_ids)), song.has_lyrics),
-    }
-    return {name: value.to(device) for name, value in condition.items()}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
+from huggingface_hub import get_session
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]  # httpx's or httpx2's
 
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.fetch.progress import Progress
@@ -71,12 +71,12 @@ class Content:
 
     def mismatch(self, path: Path) -> str | None:
         """The sum that the file at `path` has and the one that it should have; None where they agree."""
-        if self.size is not None and (found := path.stat().st_size) != self.size:
-            return f"{found} bytes and not {self.size}"
-        if self.sha256 is not None and (found := file_sha256(path)) != self.sha256:
-            return f"SHA-256 {found} and not {self.sha256}"
-        if self.git_blob is not None and (found := _git_blob(path)) != self.git_blob:
-            return f"git's id {found} and not {self.git_blob}"
+        if self.size is not None and (size := path.stat().st_size) != self.size:
+            return f"{size} bytes and not {self.size}"
+        if self.sha256 is not None and (sha256 := file_sha256(path)) != self.sha256:
+            return f"SHA-256 {sha256} and not {self.sha256}"
+        if self.git_blob is not None and (git_blob := _git_blob(path)) != self.git_blob:
+            return f"git's id {git_blob} and not {self.git_blob}"
         return None
 
 

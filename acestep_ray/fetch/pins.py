@@ -55,7 +55,7 @@ def newest(repository: str, endpoint: str, downloader: Downloader, say: Callable
                     raise
             else:
                 break
-    if not files or not all(content.has_sum for content in files.values()):
+    if revision is None or not all(content.has_sum for content in files.values()):
         raise AceStepError(
             f"{shown(endpoint)} does not tell the revision and the sums of {repository}\n"
             f"  → put the {PINS} of a directory that was fetched from huggingface.co into this one"

@@ -6,25 +6,22 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ray.exceptions import RayError, RayTaskError
-
 from acestep_ray.config import GenerateConfig
-from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.errors import InputError
+from acestep_ray.generation.audio import SUBTYPES
 from acestep_ray.generation.graph import Outcome, choose_pool, make_songs
 from acestep_ray.generation.models import choose_models, is_bfloat16
 from acestep_ray.generation.records import Recipe, find_made
 from acestep_ray.generation.requests import songs_of_file
 from acestep_ray.generation.song import Song, together
 from acestep_ray.models.checkpoint import CheckpointDir
-from acestep_ray.ray_runtime import connect
+from acestep_ray.ray_runtime import connect, faults_explained
 from acestep_ray.storage import StorageError, Store
 
 RESULTS = "results.jsonl"
@@ -80,10 +77,11 @@ def generate_batch(config: GenerateConfig) -> BatchSummary:
     fails for another reason than its song.
     """
     started = time.monotonic()
+    path, output_dir = check_batch(config)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
-    request = songs_of_file(config, checkpoint.transformer_config.speaker_embedding_dim)
+    request = songs_of_file(path, config, checkpoint.transformer_config.speaker_embedding_dim)
     choice = choose_models(config, checkpoint)
-    store = claim_output(config)
+    store = claim_output(output_dir, path)
     request.show_warnings()
     connect()
     pool = choose_pool(config.device, config.workers)
@@ -97,7 +95,7 @@ def generate_batch(config: GenerateConfig) -> BatchSummary:
     groups.sort(key=lambda group: -len(group) * group[0].frames * group[0].infer_steps)
     total = len(request.songs)
     if groups:
-        with _faults_explained():
+        with faults_explained("generate", "made"):
             for outcome in make_songs(groups, pool, choice, store, recipe):
                 outcomes[outcome.name] = outcome
                 told = "failed" if outcome.error is not None else f"{outcome.seconds:.1f} s"
@@ -111,19 +109,36 @@ def generate_batch(config: GenerateConfig) -> BatchSummary:
     )
 
 
-def claim_output(config: GenerateConfig) -> Store:
+def check_batch(config: GenerateConfig) -> tuple[Path, str]:
+    """The file of the songs and the output folder. Raises InputError for flags that cannot be used together."""
+    if config.output_path is not None:
+        raise InputError(
+            "many songs are written to a folder",
+            where=f"--output_path {config.output_path}",
+            fix="give --output_dir",
+        )
+    if config.batch_path is None or config.output_dir is None:
+        raise InputError("no folder for the songs of --batch_path", where="--output_dir", fix="give one")
+    if config.format is not None and config.format not in SUBTYPES:
+        raise InputError("unknown format", where=f"--format {config.format}", fix=", ".join(SUBTYPES))
+    if config.workers is not None and config.workers < 1:
+        raise InputError("must be at least 1", where=f"--workers {config.workers}")
+    return Path(config.batch_path), config.output_dir
+
+
+def claim_output(output_dir: str, requests: Path) -> Store:
     """The output folder. Raises InputError where it cannot be written to, or the results would replace the requests."""
-    store = Store.at(config.output_dir)
-    if store.is_local and (store.path / RESULTS).resolve() == Path(config.batch_path).resolve():
+    store = Store.at(output_dir)
+    if store.is_local and (store.path / RESULTS).resolve() == requests.resolve():
         raise InputError(
             f"{RESULTS} of the output folder would replace the requests",
-            where=f"--batch_path {config.batch_path}",
+            where=f"--batch_path {requests}",
             fix="give another --output_dir",
         )
     try:
         store.write_bytes(RESULTS, b"")
     except (OSError, StorageError) as error:
-        raise InputError(f"cannot write here ({error})", where=f"--output_dir {config.output_dir}") from None
+        raise InputError(f"cannot write here ({error})", where=f"--output_dir {output_dir}") from None
     return store
 
 
@@ -142,30 +157,3 @@ def write_results(store: Store, songs: Sequence[Song], outcomes: dict[str, Outco
         }
         rows.append(json.dumps(row, ensure_ascii=False) + "\n")
     store.write_bytes(RESULTS, "".join(rows).encode())
-
-
-@contextmanager
-def _faults_explained() -> Iterator[None]:
-    """Ray's errors as one message with the cause, without Ray Data's own account of them on the console."""
-    consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
-    for console in consoles:
-        console.addFilter(_is_worth_showing)
-    try:
-        yield
-    except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, InputError):
-            raise cause from None
-        # Ray Data adds advice on its own retries.
-        told = str(cause).partition("\nFailed to apply UDF")[0]
-        raise AceStepError(
-            f"generate stopped: {told}\n  → the songs that were made are kept; the same command goes on from there"
-        ) from error
-    finally:
-        for console in consoles:
-            console.removeFilter(_is_worth_showing)
-
-
-def _is_worth_showing(record: logging.LogRecord) -> bool:
-    """Warnings, such as that of a cluster without room for the models; errors are told by what is raised."""
-    return record.levelno == logging.WARNING and not record.getMessage().startswith("Progress bars disabled")

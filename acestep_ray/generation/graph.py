@@ -6,7 +6,7 @@ Actors hold the models, one a GPU; encoding mp3 takes a CPU longer than the song
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,7 @@ def make_songs(
     attempts = beside_driver(Attempts).remote()
     with DataContext.current(context):
         lists = [json.dumps([asdict(song) for song in group]) for group in groups]
-        dataset = ray.data.from_arrow([pa.table({"songs": [songs]}) for songs in lists])
+        dataset: ray.data.Dataset = ray.data.from_arrow([pa.table({"songs": [songs]}) for songs in lists])
         dataset = dataset.map_batches(
             Maker,
             fn_constructor_args=(choice, attempts, max(1, int(pool.num_cpus))),
@@ -111,7 +111,10 @@ def make_songs(
             batch_size=1,
             batch_format="pyarrow",
         )
-        for outcomes in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        batches: Iterable[pa.Table] = dataset.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        )
+        for outcomes in batches:
             for outcome in outcomes.to_pylist():
                 yield Outcome(**outcome)
 
@@ -136,7 +139,7 @@ class Maker:
 
             self.models = MusicModels.load(self.choice)
         songs = [Song(**values) for values in json.loads(batch["songs"][0].as_py())]
-        for song, made in zip(songs, self.make_unless_fatal(songs), strict=True):
+        for song, made in zip(songs, make_unless_fatal(self.models, self.attempts, songs), strict=True):
             sound = made if isinstance(made, Sound) else None
             yield pa.table(
                 {
@@ -147,33 +150,35 @@ class Maker:
                 }
             )
 
-    def make_unless_fatal(self, songs: Sequence[Song]) -> list[Sound | str]:
-        """As `make`; a song that has ended its process several times is not begun again."""
-        with counted(self.attempts, "make together", [song.name for song in songs]) as attempt:
-            if attempt == 1:
-                return self.make(songs)
-            made: list[Sound | str] = []
-            for song in songs:
-                with counted(self.attempts, "make", [song.name]) as attempt_at_song:
-                    if attempt_at_song >= MAX_ATTEMPTS:
-                        made.append(f"making it has ended its process {MAX_ATTEMPTS} times (out of memory?)")
-                    else:
-                        made += self.make([song])
-            return made
 
-    def make(self, songs: Sequence[Song]) -> list[Sound | str]:
-        """The sound of each song, or what is wrong with it."""
-        try:
-            return self.models.make(songs)
-        except Exception as error:
-            if len(songs) == 1:
-                return [_told(error)]
-        # Not in the clause above, where the error still holds the tensors.
-        import torch
+def make_unless_fatal(models: MusicModels, attempts: Any, songs: Sequence[Song]) -> list[Sound | str]:
+    """As `make_each`; a song that has ended its process several times is not begun again."""
+    with counted(attempts, "make together", [song.name for song in songs]) as attempt:
+        if attempt == 1:
+            return make_each(models, songs)
+        made: list[Sound | str] = []
+        for song in songs:
+            with counted(attempts, "make", [song.name]) as attempt_at_song:
+                if attempt_at_song >= MAX_ATTEMPTS:
+                    made.append(f"making it has ended its process {MAX_ATTEMPTS} times (out of memory?)")
+                else:
+                    made += make_each(models, [song])
+        return made
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return [made for song in songs for made in self.make([song])]
+
+def make_each(models: MusicModels, songs: Sequence[Song]) -> list[Sound | str]:
+    """The sound of each song, or what is wrong with it."""
+    try:
+        return [*models.make(songs)]
+    except Exception as error:
+        if len(songs) == 1:
+            return [_told(error)]
+    # Not in the clause above, where the error still holds the tensors.
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [made for song in songs for made in make_each(models, [song])]
 
 
 def _write(batch: pa.Table, store: Store, recipe: Recipe) -> pa.Table:

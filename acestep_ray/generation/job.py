@@ -57,15 +57,16 @@ def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
     Raises InputError for settings or files that cannot be used, before anything is made.
     """
     started = time.monotonic()
-    check_outputs(config)
+    if config.batch_size < 1:
+        raise InputError("must be at least 1", where=f"--batch_size {config.batch_size}")
     if config.batch_path is not None:
         # Ray takes a second to import.
         from acestep_ray.generation.batch import generate_batch
 
         return generate_batch(config)
-    output = Path(config.output_path)
+    output = check_output(config)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
-    request = songs_of_flags(config, checkpoint.transformer_config.speaker_embedding_dim)
+    request = songs_of_flags(config, output.stem, checkpoint.transformer_config.speaker_embedding_dim)
     choice = choose_models(config, checkpoint)
     request.show_warnings()
     models = MusicModels.load(choice)
@@ -80,28 +81,8 @@ def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
     return GenerateSummary(made, time.monotonic() - started)
 
 
-def check_outputs(config: GenerateConfig) -> None:
-    """Raise InputError where the flags do not say what to write, and how much at a time."""
-    if config.batch_size < 1:
-        raise InputError("must be at least 1", where=f"--batch_size {config.batch_size}")
-    if config.batch_path is None:
-        _check_single_output(config)
-        return
-    if config.output_path is not None:
-        raise InputError(
-            "many songs are written to a folder",
-            where=f"--output_path {config.output_path}",
-            fix="give --output_dir",
-        )
-    if config.output_dir is None:
-        raise InputError("no folder for the songs of --batch_path", where="--output_dir", fix="give one")
-    if config.format is not None and config.format not in SUBTYPES:
-        raise InputError("unknown format", where=f"--format {config.format}", fix=", ".join(SUBTYPES))
-    if config.workers is not None and config.workers < 1:
-        raise InputError("must be at least 1", where=f"--workers {config.workers}")
-
-
-def _check_single_output(config: GenerateConfig) -> None:
+def check_output(config: GenerateConfig) -> Path:
+    """The audio file to write. Raises InputError where the flags do not name one that can be written."""
     if config.output_path is None:
         raise InputError(
             "nothing says what to write",
@@ -111,22 +92,21 @@ def _check_single_output(config: GenerateConfig) -> None:
     for name in _FLAGS_OF_BATCHES:
         if getattr(config, name) is not None:
             raise InputError("this goes with --batch_path only", where=f"--{name} {getattr(config, name)}")
-    suffix = Path(config.output_path).suffix.lower()
+    path, where = Path(config.output_path), f"--output_path {config.output_path}"
+    suffix = path.suffix.lower()
     if suffix.removeprefix(".") not in SUBTYPES:
         raise InputError(
             f"cannot write `{suffix or 'no suffix'}`",
-            where=f"--output_path {config.output_path}",
+            where=where,
             fix=f"use one of {', '.join(f'.{format}' for format in SUBTYPES)}",
         )
-    folder = Path(config.output_path).parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"cannot write here ({error})", where=f"--output_path {config.output_path}"
-        ) from None
-    if not os.access(folder, os.W_OK) or Path(config.output_path).is_dir():
-        raise InputError("cannot write here", where=f"--output_path {config.output_path}")
+        raise InputError(f"cannot write here ({error})", where=where) from None
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise InputError("cannot write here", where=where)
+    return path
 
 
 def _show_step(total: int) -> Callable[[int], None]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acestep_ray.cache.schema import hash_of
-from acestep_ray.generation.audio import SAMPLE_RATE, Sound, audio_bytes
+from acestep_ray.data.audio import SAMPLE_RATE
+from acestep_ray.generation.audio import Sound, audio_bytes
 from acestep_ray.generation.song import Song
 from acestep_ray.storage import FileStatus, Store
 

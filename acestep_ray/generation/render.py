@@ -24,7 +24,7 @@ def starting_noise(frames: int, seed: int) -> Tensor:
 
 def decoding_bytes(codec: MusicCodec, frames: int) -> int:
     """Memory that decoding `frames` latent frames in one piece takes, about a quarter more than all its tensors."""
-    channels = codec.autoencoder.config.decoder_block_out_channels[0]
+    channels = codec.autoencoder.config["decoder_block_out_channels"][0]
     return _DECODER_COPIES * channels * N_MELS * MEL_FRAMES_PER_LATENT * frames * 4
 
 

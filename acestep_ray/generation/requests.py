@@ -59,23 +59,22 @@ class Request:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def songs_of_flags(config: GenerateConfig, speaker_dim: int) -> Request:
-    """The songs of the flags, one for each seed, named after `--output_path`.
+def songs_of_flags(config: GenerateConfig, name: str, speaker_dim: int) -> Request:
+    """The songs of the flags, one for each seed; `name` is that of a single one.
 
     Raises InputError for the first flag that is wrong.
     """
     reader = _SettingsReader(Path(), speaker_dim)
     values = reader.read_flags(config)
-    return Request(_songs(values, Path(config.output_path).stem, line=0), reader.warnings)
+    return Request(_songs(values, name, line=0), reader.warnings)
 
 
-def songs_of_file(config: GenerateConfig, speaker_dim: int) -> Request:
-    """The songs of `--batch_path` in their order; what a row does not set comes from the flags.
+def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Request:
+    """The songs of `--batch_path`, which is `path`, in their order; what a row does not set comes from the flags.
 
-    Files that rows name are relative to the folder of `--batch_path`. Raises one InputError with every line that is
+    Files that rows name are relative to the folder of `path`. Raises one InputError with every line that is
     wrong.
     """
-    path = Path(config.batch_path)
     where = f"--batch_path {path}"
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -139,7 +138,7 @@ def read_lyrics(lyrics: str, folder: Path) -> str:
         raise InputError(f"cannot read the lyrics of {path} ({error})", fix="save as UTF-8") from None
 
 
-def parse_seeds(value: int | str | list) -> list[int]:
+def parse_seeds(value: int | str | list[Any]) -> list[int]:
     """The seeds of a number, of a list, or of a text with commas. Raises InputError."""
     given = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
     try:
@@ -253,7 +252,7 @@ def _problems_of_form(line: str) -> Iterator[str]:
         types, described = _TYPES.get(name, _TEXT)
         if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
             yield f"`{name}` is {json.dumps(value)}, and has to be {described}"
-        elif name == NAME and value is not None and not is_name(value):
+        elif name == NAME and isinstance(value, str) and not is_name(value):
             yield f"`{NAME}` is {json.dumps(value)}, and has to name a file within the output folder"
 
 

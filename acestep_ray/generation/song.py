@@ -30,7 +30,7 @@ class Song:
     speaker: list[float] | None
 
     @property
-    def sampled_with(self) -> tuple:
+    def sampled_with(self) -> tuple[int | float | str, ...]:
         """Songs for which this is the same can be sampled together."""
         return (
             self.frames,
@@ -49,7 +49,7 @@ class Song:
 def together(songs: Sequence[Song], batch_size: int) -> list[list[Song]]:
     """Groups of at most `batch_size` songs that can be sampled together, in the order of each one's first song."""
     groups: list[list[Song]] = []
-    open_groups: dict[tuple, list[Song]] = {}
+    open_groups: dict[tuple[int | float | str, ...], list[Song]] = {}
     for song in songs:
         group = open_groups.get(song.sampled_with)
         if group is None or len(group) == batch_size:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from acestep_ray.errors import InputError
-from acestep_ray.tracking.mlflow_run import MLflowRun, reason_of, short_requests, without_password
+from acestep_ray.errors import InputError, without_password
+from acestep_ray.tracking.mlflow_run import MLflowRun, reason_of, short_requests
 
 Curve = Mapping[int, float]
 """Values by step, ascending."""
@@ -20,6 +21,7 @@ _Answer = TypeVar("_Answer")
 
 MLFLOW_FILE = "mlflow.json"
 _REQUEST_SECONDS = 10
+_PASSWORD_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
 _SQLITE = "sqlite:///"
 
 
@@ -136,6 +138,16 @@ def _noted_run(experiment: Path) -> MLflowRun | None:
         ) from None
 
 
+def _would_get_a_password(uri: str) -> bool:
+    """Whether the client would prove who the user is to a server that the user has not named."""
+    own = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    return (
+        not uri.startswith(_SQLITE)
+        and uri.rstrip("/") != own
+        and any(os.environ.get(name) for name in _PASSWORD_VARIABLES)
+    )
+
+
 def _ask(run: MLflowRun, question: Callable[[Any], _Answer]) -> _Answer:
     """MLflow's answer. Raises InputError where there is none."""
     if importlib.util.find_spec("mlflow") is None:
@@ -143,6 +155,12 @@ def _ask(run: MLflowRun, question: Callable[[Any], _Answer]) -> _Answer:
     database = Path(run.tracking_uri.removeprefix(_SQLITE).partition("?")[0])
     if run.tracking_uri.startswith(_SQLITE) and not database.is_file():  # MLflow would make a new one
         raise InputError("MLflow's database is not there", where=str(database))
+    if _would_get_a_password(run.tracking_uri):
+        raise InputError(
+            "MLflow, which only the run's folder names, is not sent this environment's password",
+            where=without_password(run.tracking_uri),
+            fix="set MLFLOW_TRACKING_URI to this address, if it is yours",
+        )
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from acestep_ray.export.source import SETTINGS_FILE
+from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.storage import Store, is_url
 from acestep_ray.storage.folders import download_files, told_of
 from acestep_ray.training.experiment import CHECKPOINTS
@@ -46,6 +47,6 @@ def _logs_of(experiment: Store, folder: Path) -> Store | None:
     """Where the experiment's events are, if that is in object storage."""
     for settings in (folder / SETTINGS_FILE, folder / "best" / SETTINGS_FILE):
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-            logger_dir = yaml.safe_load(settings.read_text(encoding="utf-8"))["logger_dir"]
+            logger_dir = load_yaml(settings.read_text(encoding="utf-8"))["logger_dir"]
             return Store.at(logger_dir).child(experiment.name) if is_url(logger_dir) else None
     return None

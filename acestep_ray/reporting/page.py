@@ -222,13 +222,12 @@ class Page:
     def _figure(self, figure: Figure | str | os.PathLike[str], alt: str, caption: str | None) -> str:
         self._figures += 1
         label = _escaped(alt)
-        is_file = isinstance(figure, (str, os.PathLike))
-        drawn = None if is_file else draw(figure, f"figure-{self._figures}")
-        if isinstance(drawn, str):
+        if isinstance(figure, (str, os.PathLike)):
+            shown_as = f'<img alt="{label}" src="{_picture(figure)}">'
+        elif isinstance(drawn := draw(figure, f"figure-{self._figures}"), str):
             shown_as = drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
         else:
-            address = _picture(figure) if is_file else picture_uri(drawn)
-            shown_as = f'<img alt="{label}" src="{address}">'
+            shown_as = f'<img alt="{label}" src="{picture_uri(drawn)}">'
         told = "" if caption is None else f"<figcaption>{_escaped(caption)}</figcaption>"
         return f"<figure>{shown_as}{told}</figure>"
 

@@ -86,7 +86,7 @@ def draw_norms(norms: Mapping[str, Mapping[int, float]]) -> Figure:
     for name, by_block in norms.items():
         axes.plot(list(by_block), list(by_block.values()), marker="o", markersize=3, label=name)
     axes.set(xlabel="block of the transformer", ylabel="Frobenius norm")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize="small", ncols=2)
     return figure
 
@@ -97,7 +97,7 @@ def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel="step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     return figure, axes
 

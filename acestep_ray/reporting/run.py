@@ -12,6 +12,7 @@ import yaml
 
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.export.source import SETTINGS_FILE
+from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import (
     Log,
     TrackedRun,
@@ -128,7 +129,7 @@ def read_run(experiment: Path, place: str | None = None) -> Run:
     """Read all there is of a run, or of a copy of the one at `place`; what cannot be read is told in `missing`."""
     place = place or str(experiment)
     missing: list[str] = []
-    settings = _mapping(experiment / SETTINGS_FILE, yaml.safe_load, missing)
+    settings = _mapping(experiment / SETTINGS_FILE, load_yaml, missing)
     identity = _mapping(experiment / IDENTITY_FILE, json.loads, missing)
     store = _or_missing(
         lambda: _checkpoint_store(place, settings), Store.at(place).child(CHECKPOINTS), missing

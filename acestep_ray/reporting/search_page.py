@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from acestep_ray import __version__
 from acestep_ray.export.source import SETTINGS_FILE
+from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import find_logs, read_events
 from acestep_ray.reporting.page import Page
 from acestep_ray.reporting.plots import TRAINING, draw_losses, draw_trials
@@ -63,12 +65,13 @@ def write_search(page: Page, folder: Path, place: str | None = None) -> None:
     if ranked:
         page.section("Validation losses")
         curves = {
-            record.name: {one["step"]: one["validation"] for one in record.validations} for record in ranked
+            record.name: {int(one["step"]): one["validation"] for one in record.validations}
+            for record in ranked
         }
         page.figure(
             draw_trials(curves),
             f"Validation loss by step of {len(ranked)} trials; the best, {ranked[0].name}, comes to "
-            f"{ranked[0].best['validation']:.4g}",
+            f"{min(filter(math.isfinite, curves[ranked[0].name].values())):.4g}",
         )
     settings = _read(folder / BEST / SETTINGS_FILE, page)
     if ranked:
@@ -100,7 +103,7 @@ def _add_best_curves(page: Page, folder: Path, trial: str, settings: dict[str, A
 def _read(path: Path, page: Page) -> dict[str, Any]:
     """A file's mapping; what cannot be read is told."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        values = load_yaml(path.read_text(encoding="utf-8"))  # JSON is YAML
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:

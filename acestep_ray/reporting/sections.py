@@ -11,13 +11,13 @@ from statistics import fmean, median
 from typing import Any
 
 from acestep_ray.config import TrainConfig
-from acestep_ray.errors import AceStepError
+from acestep_ray.errors import AceStepError, without_password
+from acestep_ray.reporting.curves import Curve
 from acestep_ray.reporting.page import Page
 from acestep_ray.reporting.plots import draw_losses, draw_norms, draw_quarters, draw_steps
 from acestep_ray.reporting.run import Run
 from acestep_ray.reporting.samples import spread
 from acestep_ray.reporting.songs import LENGTH_SECONDS, count_songs
-from acestep_ray.tracking.mlflow_run import without_password
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 ROWS = 20
@@ -52,7 +52,7 @@ def add_curves(page: Page, run: Run) -> None:
         if name.startswith("loss/") and name.split("/")[1] not in _MEASURES
     }
     waits = {"": {step: 100 * share for step, share in run.log["throughput/data_wait"].items()}}
-    small = [
+    small: list[tuple[str, Mapping[str, Curve], bool]] = [
         ("Parts of the loss", parts, False),
         ("Learning rate", {"": run.log["learning_rate"]}, False),
         ("Gradient norm", {"": run.log["grad_norm"]}, True),
@@ -112,11 +112,11 @@ def add_songs(page: Page, dataset_path: str | None, experiment: Path) -> None:
     )
     page.facts(facts)
     if counts.lengths:
-        rows = [
+        lengths = [
             (f"{i * LENGTH_SECONDS} to {(i + 1) * LENGTH_SECONDS} s", count)
             for i, count in enumerate(counts.lengths)
         ]
-        page.table(["length", "songs"], rows, caption="Songs by length")
+        page.table(["length", "songs"], lengths, caption="Songs by length")
     if counts.rejects:
         columns = ["key", "filename", "stage", "reason", "message"]
         rows = [[reject[column] for column in columns] for reject in counts.rejects[:REJECT_ROWS]]

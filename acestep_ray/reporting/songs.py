@@ -8,14 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from acestep_ray.cache.index import read_manifest
 from acestep_ray.cache.maintenance import cache_stats
 from acestep_ray.cache.schema import REJECT_SCHEMA, table_from_bytes
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
-from acestep_ray.training.scan import SCAN, SONGS, read_songs
+from acestep_ray.training.scan import SCAN, SCAN_SCHEMA, SONGS, read_songs
 from acestep_ray.training.throughput import seconds_of
 
 LENGTH_SECONDS = 30
@@ -65,7 +64,7 @@ def _noted_by_run(experiment: Path) -> SongCounts:
     try:
         frames = read_songs(Store.at(experiment))["latent_frames"].to_numpy()
         scan = experiment / SCAN
-        found = pq.read_table(scan) if scan.is_file() else None
+        found = table_from_bytes(scan.read_bytes(), SCAN_SCHEMA) if scan.is_file() else None
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"what the run noted of its songs cannot be read ({error})", where=str(experiment)

@@ -101,6 +101,7 @@ def test_workers_that_are_killed_cost_no_song(two_cpus, config):
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_driver_that_is_killed_again_and_again_goes_on_from_there(two_cpus, config, song_folder):
     torch.set_num_threads(1)
     cache = Path(config.output_dir)

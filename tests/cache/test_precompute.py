@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import time
 from dataclasses import replace
@@ -13,10 +12,8 @@ import pytest
 import ray
 import soundfile
 import torch
-from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from acestep_ray.cache import parts as parts_module
-from acestep_ray.cache import precompute as precompute_module
 from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.graph import EncoderPool
 from acestep_ray.cache.index import CacheIndex
@@ -32,7 +29,7 @@ from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import FEATURE_GROUPS
 from acestep_ray.cache.songs import Recipe, Reject
 from acestep_ray.config import PrecomputeConfig
-from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.errors import InputError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
@@ -319,18 +316,18 @@ def pools(
 ) -> list[EncoderPool]:
     alive = [{"Alive": True, "Resources": resources} for resources in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"GPU": 9, "CPU": 1}}])
-    monkeypatch.setattr("acestep_ray.cache.precompute._actors_per_gpu", lambda: 4)
+    monkeypatch.setattr("acestep_ray.cache.precompute._actors_per_gpu", lambda resource: 4)
     return choose_pools(replace(config, device="auto"), FEATURE_GROUPS, checkpoint)
 
 
 @pytest.mark.parametrize(
     ("nodes", "workers", "expected"),
     [
-        ([{"CPU": 2}], None, ("cpu", 1, 1, 0)),
-        ([{"CPU": 1}], None, ("cpu", 1, 0.5, 0)),
+        ([{"CPU": 2}], None, ("cpu", 1, 1.2, 0)),
+        ([{"CPU": 1}], None, ("cpu", 1, 0.6, 0)),
         ([{"CPU": 64}], None, ("cpu", 1, 63, 0)),
         ([{"CPU": 64}], 4, ("cpu", 4, 15, 0)),
-        ([{"CPU": 2}], 4, ("cpu", 4, 0.25, 0)),
+        ([{"CPU": 2}], 4, ("cpu", 4, 0.3, 0)),
         ([{"CPU": 8}, {"CPU": 16}, {"memory": 1}], None, ("cpu", 2, 7, 0)),
         ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], None, ("cuda", 16, 0.5, 0.25)),
         ([{"CPU": 8, "GPU": 2}], 2, ("cuda", 2, 1, 1)),
@@ -354,14 +351,14 @@ def test_a_gpu_is_shared_by_as_many_encoders_as_fit_the_smallest(monkeypatch, gi
     monkeypatch.setattr(
         "acestep_ray.cache.precompute._gpu_memories", lambda ids: [1e9 * gigabytes[n] for n in ids]
     )
-    assert _actors_per_gpu() == actors
+    assert _actors_per_gpu(None) == actors
 
 
 def test_a_gpu_that_torch_does_not_see_is_told_before_anything_starts(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "n", "Alive": True, "Resources": {"GPU": 1}}])
     monkeypatch.setattr("acestep_ray.cache.precompute._gpu_memories", lambda ids: [0])
     with pytest.raises(InputError, match="torch sees no GPU"):
-        _actors_per_gpu()
+        _actors_per_gpu(None)
 
 
 def test_separate_encoders_have_resources_of_their_own(monkeypatch, config, checkpoint):
@@ -374,6 +371,14 @@ def test_separate_encoders_have_resources_of_their_own(monkeypatch, config, chec
         (("text",), "cpu", 2, 0),
         (("ssl",), "cuda", 2, 0.45),
     ]
+
+
+def test_encoders_lie_on_the_nodes_with_the_resource_that_was_asked_for(monkeypatch, config, checkpoint):
+    nodes = [{"CPU": 4, "cpu_node": 1}, {"CPU": 8, "GPU": 2}, {"CPU": 16, "cpu_node": 1}]
+    (pool,) = pools(monkeypatch, replace(config, encode_resource="cpu_node"), checkpoint, nodes)
+    assert (pool.device, pool.actors, pool.num_cpus, pool.resource) == ("cpu", 2, 3, "cpu_node")
+    with pytest.raises(InputError, match=r"no node(?s:.*)--encode_resource gpu_node(?s:.*)--resources"):
+        pools(monkeypatch, replace(config, encode_resource="gpu_node"), checkpoint, nodes)
 
 
 def test_pools_of_one_machine_fit_on_it(monkeypatch, config, checkpoint):
@@ -422,39 +427,3 @@ def test_progress_rewrites_one_line_on_a_terminal(monkeypatch):
     progress.show(1, rejected=1)
     progress.close()
     assert stream.getvalue() == "encoding 1 songs\n\r\x1b[K1/1 songs, 1 rejected\n"
-
-
-@pytest.mark.parametrize(
-    ("error", "raised", "message"),
-    [
-        (RayTaskError("_Encode", "", InputError("a broken part")), InputError, "^a broken part$"),
-        (
-            RayTaskError(
-                "_Encode", "", RuntimeError("CUDA error at song 'a'\nFailed to apply UDF after 1 attempt")
-            ),
-            AceStepError,
-            r"^precompute stopped: CUDA error at song 'a'\n.*the same command goes on",
-        ),
-        (WorkerCrashedError(), AceStepError, "^precompute stopped: The worker died"),
-    ],
-)
-def test_a_fault_in_a_worker_surfaces_as_one_message_with_its_cause(error, raised, message):
-    with pytest.raises(raised, match=message), precompute_module._faults_explained():
-        raise error
-
-
-def test_the_console_keeps_ray_datas_warnings_and_nothing_else(capsys):
-    logger = logging.getLogger("ray.data")
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    logger.addHandler(handler)
-    try:
-        with precompute_module._faults_explained():
-            logger.info("executing")
-            logger.warning("Progress bars disabled. To enable, …")
-            logger.warning("no room in the cluster")
-            logger.error("an exception was raised")
-        logger.error("later")
-    finally:
-        logger.removeHandler(handler)
-    assert stream.getvalue().splitlines() == ["no room in the cluster", "later"]

@@ -12,9 +12,12 @@ import pytest
 
 from acestep_ray import cli
 from acestep_ray.cache.schema import MANIFEST
+from acestep_ray.config import GenerateConfig
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.lyrics.tokenizer import build_tiny_vocabulary
 from acestep_ray.errors import InputError
+from acestep_ray.generation.job import MadeSong
+from acestep_ray.quickstart import note_music
 from acestep_ray.reporting.curves import read_events
 from acestep_ray.reporting.job import PAGE_FILE, report
 from acestep_ray.reporting.page import Page
@@ -199,13 +202,25 @@ def _make_mlflow_run(uri: str, run) -> None:
 
 def test_a_quickstarts_folder_gives_its_music_and_its_run(tmp_path, write_run, write_sound):
     write_run()
-    write_sound(tmp_path / "music.wav")
+    made = MadeSong(write_sound(tmp_path / "music.wav"), tmp_path / "music.png", seconds=2.5)
+    note_music(made, GenerateConfig("checkpoint", prompt="calm, harp", lyrics="[verse]\nsing & play", seed=7))
     summary = report(str(tmp_path), str(tmp_path / "elsewhere" / "page.html"))
     page = Path(summary.page).read_text(encoding="utf-8")
     assert summary.page == str(tmp_path / "elsewhere" / "page.html")
     assert summary.num_bytes == len(page.encode())
     assert page.count("<audio") == 2
-    assert facts_of(page)["steps"] == "40 of 40"
+    music = page[: page.index(">The run</h2>")]
+    assert facts_of(music) == {
+        "prompt": "calm, harp",
+        "seed": "7",
+        "seconds": "2.5",
+        "steps": "60",
+        "guidance scale": "15",
+        "omega": "10",
+        "shift": "3",
+    }
+    assert "[verse]\nsing &amp; play" in music
+    assert facts_of(page[len(music) :])["steps"] == "40 of 40"
 
 
 def test_the_page_of_a_search_has_its_trials_and_the_winner(tmp_path, browser):
