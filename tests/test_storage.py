@@ -15,9 +15,18 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from acestep_ray import storage
 from acestep_ray.errors import InputError
-from acestep_ray.storage import AccessDeniedError, FileStatus, StorageError, Store, StoredFile, is_url
+from acestep_ray.storage import (
+    AccessDeniedError,
+    FileStatus,
+    StorageError,
+    Store,
+    StoredFile,
+    clients,
+    files,
+    is_url,
+)
+from acestep_ray.storage import s3 as requests_of_s3
 from tests.hub import REPOSITORY, hub_server
 from tests.s3 import BUCKET, forget_clients
 
@@ -75,8 +84,8 @@ def test_a_range_ends_where_the_file_ends(store, start, length, expected):
 
 
 def test_an_open_file_is_read_at_any_place(store, monkeypatch):
-    monkeypatch.setattr(storage, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(storage, "_BLOCKS_KEPT", 2)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(files, "BLOCKS_KEPT", 2)
     content = os.urandom(10_500)
     store.write_bytes("a", content)
     with store.open("a") as file:
@@ -113,7 +122,7 @@ def test_deleting_takes_names_literally(store):
 
 
 def test_many_files_are_deleted(store, monkeypatch):
-    monkeypatch.setattr(storage, "_DELETED_AT_ONCE", 3)
+    monkeypatch.setattr(requests_of_s3, "DELETED_AT_ONCE", 3)
     for i in range(8):
         store.write_bytes(f"sub/{i}", b"x")
     store.delete([f"sub/{i}" for i in range(7)])
@@ -308,7 +317,7 @@ def test_reads_and_writes_are_single_requests(s3):
 
 
 def test_an_open_object_is_fetched_in_blocks_once(s3, monkeypatch):
-    monkeypatch.setattr(storage, "_BLOCK_BYTES", 100_000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 100_000)
     store = Store.at(s3.fresh())
     store.write_bytes("a", bytes(1_000_000))
     before = len(s3.requests(store.url_of("a")))
@@ -428,13 +437,13 @@ def test_an_endpoint_that_is_dead_is_given_up(s3, monkeypatch, is_silent):
     import socket
 
     short = {"connect_timeout": 1, "read_timeout": 1, "retries": {"total_max_attempts": 2}}
-    monkeypatch.setattr(storage, "_S3_CONFIG", short)
+    monkeypatch.setattr(clients, "S3_CONFIG", short)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if is_silent:  # it takes connections, and never answers
             listener.listen()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        monkeypatch.setattr(storage, "_S3_READ_ATTEMPTS", 1)
+        monkeypatch.setattr(clients, "RETRY_AFTER_SECONDS", ())
         forget_clients()
         started = time.monotonic()
         try:
@@ -446,11 +455,11 @@ def test_an_endpoint_that_is_dead_is_given_up(s3, monkeypatch, is_silent):
 
 
 def test_the_waits_for_a_dead_endpoint_are_bounded():
-    config = storage._S3_CONFIG
-    attempts = config["retries"]["total_max_attempts"] * storage._S3_READ_ATTEMPTS
+    config = clients.S3_CONFIG
+    attempts = config["retries"]["total_max_attempts"] * (1 + len(clients.RETRY_AFTER_SECONDS))
     assert attempts * config["read_timeout"] <= 300
     filesystem = Store.at("s3://bucket/a").filesystem
-    assert filesystem.retries == storage._S3_READ_ATTEMPTS
+    assert filesystem.retries == 1
     assert filesystem.config_kwargs["read_timeout"] == config["read_timeout"]
 
 
@@ -471,7 +480,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
     def fail(*_, **__):
         raise ImportError("Install gcsfs to access Google Storage")
 
-    monkeypatch.setattr(storage.fsspec, "filesystem", fail)
+    monkeypatch.setattr(clients.fsspec, "filesystem", fail)
     forget_clients()
     with pytest.raises(InputError, match=r"pip install 'acestep-ray\[gcs\]'"):
         Store.at("gs://bucket/a")

@@ -18,6 +18,7 @@ from acestep_ray.export.source import SETTINGS_FILE
 from acestep_ray.models.checkpoint import ACE_STEP_V1, TRANSFORMER
 from acestep_ray.models.codec import MEL_FRAMES_PER_LATENT
 from acestep_ray.models.mel import HOP_LENGTH, MEL_SAMPLE_RATE
+from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import Log, find_logs, read_events
 from acestep_ray.reporting.plots import TRAINING, draw_losses
 from acestep_ray.storage import Store
@@ -81,7 +82,7 @@ def read_run(experiment: Path, step: int) -> RunFacts:
 
     Raises InputError for settings that cannot be read.
     """
-    settings = _read(experiment / SETTINGS_FILE, yaml.safe_load)
+    settings = _read(experiment / SETTINGS_FILE, load_yaml)
     identity = _read(experiment / IDENTITY_FILE, json.loads)
     transformer = identity.get(FINGERPRINTS["transformer"])
     return RunFacts(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,13 +15,13 @@ from torch import Tensor
 from acestep_ray.config import ExtractConfig
 from acestep_ray.device import check_device_name, resolve_device
 from acestep_ray.errors import InputError
-from acestep_ray.export.folder import check_new, new_folder
 from acestep_ray.export.formats import DTYPES, universal_bytes
 from acestep_ray.export.low_rank import LayerError, best_of_rank, total_relative_error
 from acestep_ray.export.names import can_have_lora, changes_music
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate, some
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
+from acestep_ray.storage import Store, check_new, fetched, output_folder
 
 REPORT = "errors.json"
 """The error of every module, beside the LoRA."""
@@ -30,7 +32,8 @@ _LISTED = 12
 class ExtractSummary:
     """What was made of the difference."""
 
-    file: Path
+    file: Path | str
+    """A URL in object storage."""
     errors: dict[str, LayerError]
     """By module."""
     left_out: dict[str, float]
@@ -65,19 +68,18 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     if config.dtype not in DTYPES:
         raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=", ".join(DTYPES))
     check_device_name(config.device)
-    output = Path(config.output_dir)
-    check_new(output)
+    check_new(config.output_dir)
     base = CheckpointDir.open(config.checkpoint_dir).path / TRANSFORMER
-    finetuned = find_transformer(config.finetuned_path)
-    check_same_layout(base, finetuned)
-    updates, errors, left_out = low_rank_difference(
-        base, finetuned, config.rank, resolve_device(config.device)
-    )
-    if not updates:
-        raise InputError(
-            "nothing has changed that a LoRA could hold",
-            where=f"{finetuned} and {base}" + (f" (changed: {some(left_out)})" if left_out else ""),
+    with fetched_transformer(config.finetuned_path) as finetuned:
+        check_same_layout(base, finetuned)
+        updates, errors, left_out = low_rank_difference(
+            base, finetuned, config.rank, resolve_device(config.device)
         )
+        if not updates:
+            raise InputError(
+                "nothing has changed that a LoRA could hold",
+                where=f"{finetuned} and {base}" + (f" (changed: {some(left_out)})" if left_out else ""),
+            )
     total = total_relative_error(errors, sum(norm**2 for norm in left_out.values()) ** 0.5)
     report = {
         "rank": config.rank,
@@ -85,10 +87,23 @@ def extract(config: ExtractConfig) -> ExtractSummary:
         "modules": {name: {**asdict(e), "relative": e.relative} for name, e in errors.items()},
         "left_out": left_out,
     }
-    with new_folder(output) as folder:
+    with output_folder(config.output_dir, last=[LORA_FILE]) as folder:
         (folder / LORA_FILE).write_bytes(universal_bytes(updates, DTYPES[config.dtype]))
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return ExtractSummary(output / LORA_FILE, errors, left_out, total, time.monotonic() - started)
+    file = Store.at(config.output_dir).place_of(LORA_FILE)
+    return ExtractSummary(file, errors, left_out, total, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def fetched_transformer(path: str) -> Iterator[Path]:
+    """What `find_transformer` gives; of a URL a copy on this machine, while the block runs."""
+    store = Store.at(path)
+    if store.is_local:
+        yield find_transformer(path)
+        return
+    inside = store.child(TRANSFORMER)
+    with fetched(inside if inside.status("config.json") is not None else store) as folder:
+        yield find_transformer(str(folder))
 
 
 def find_transformer(path: str) -> Path:

@@ -28,10 +28,11 @@ def planned_upload(folder: Path) -> list[str]:
     return [f"{file.relative_to(folder).as_posix()}  {file.stat().st_size:,} bytes" for file in files]
 
 
-def upload(folder: Path, repository: str) -> str:
+def upload(folder: Path, repository: str, *, exported_to: str) -> str:
     """Upload a folder as one commit, making a private repository where there is none; returns the address.
 
-    Raises AceStepError where the Hub or the network refuses.
+    `exported_to` is where the files stay, whatever becomes of the upload. Raises AceStepError where the Hub or the
+    network refuses.
     """
     api = HfApi()
     try:
@@ -41,8 +42,8 @@ def upload(folder: Path, repository: str) -> str:
         )
     except (HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OSError) as error:
         raise AceStepError(
-            f"the upload to {repository} failed, what was exported is in {folder}: {error}\n"
+            f"the upload to {repository} failed, what was exported is in {exported_to}: {error}\n"
             "  → look at the network, log in with `hf auth login` (a token that may write), "
-            f"then `hf upload {repository} {folder}`"
+            f"then `hf upload {repository} FOLDER` with these files"
         ) from error
     return str(address)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from acestep_ray.export.card import NOTES_KEY
+from acestep_ray.export.fetched import fetched_lora
 from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.reading import METADATA_KEY, LoraFile
 from acestep_ray.export.source import open_source
+from acestep_ray.storage import is_url
 
 # `transformer_blocks.3.` or `lyric_encoder.encoders.0.`: a row of the table.
 _LAYER = re.compile(r"(?P<layer>(?:transformer_blocks|lyric_encoder\.encoders)\.\d+)\.(?P<part>.+)")
@@ -39,7 +41,9 @@ class InfoSummary:
 
 def info(path: str, as_json: bool = False) -> InfoSummary:
     """Read a LoRA, or those of an experiment's last checkpoint. Raises InputError."""
-    return InfoSummary(open_source(path, where="info").loras, as_json)
+    with fetched_lora(path) as local:
+        source = open_source(local, where="info", fetched_from=path if is_url(path) else None)
+    return InfoSummary(source.loras, as_json)
 
 
 def lora_figures(lora: LoraFile) -> dict[str, Any]:
@@ -55,8 +59,8 @@ def lora_figures(lora: LoraFile) -> dict[str, Any]:
         for name, update in lora.updates.items()
     }
     return {
-        "file": str(lora.path),
-        "bytes": lora.path.stat().st_size,
+        "file": lora.place,
+        "bytes": lora.num_bytes,
         "dtypes": list(lora.dtypes),
         "parameters": sum(update.a.numel() + update.b.numel() for update in lora.updates.values()),
         "dora": lora.is_dora,
@@ -101,7 +105,7 @@ def _described(lora: LoraFile) -> str:
     ranks = Counter(update.rank for update in lora.updates.values())
     rank = ", ".join(f"{rank} ({count} modules)" for rank, count in ranks.most_common())
     lines = [
-        f"file      {lora.path}",
+        f"file      {lora.place}",
         f"size      {figures['bytes']:,} bytes, {figures['parameters']:,} numbers in {', '.join(lora.dtypes)}",
         f"kind      {'DoRA' if lora.is_dora else 'LoRA'}, keys such as {lora.example}",
         f"rank      {rank}",

@@ -8,13 +8,14 @@ from pathlib import Path
 from acestep_ray.config import ExportConfig
 from acestep_ray.errors import InputError
 from acestep_ray.export.card import read_run, write_card
-from acestep_ray.export.folder import check_new, new_folder
+from acestep_ray.export.fetched import fetched_lora
 from acestep_ray.export.formats import DTYPES, FORMATS, format_files
 from acestep_ray.export.hub import check_repository, planned_upload, upload
 from acestep_ray.export.lora import ADAPTER_NAME, check_lora_fits
 from acestep_ray.export.source import Source, open_source
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
+from acestep_ray.storage import Store, check_new, fetched, is_url, output_folder
 
 
 @dataclass
@@ -23,7 +24,8 @@ class ExportSummary:
 
     source: Source
     format_name: str
-    directory: Path
+    directory: Path | str
+    """A URL in object storage."""
     files: list[str]
     """Within the directory."""
     repository: str | None
@@ -36,10 +38,10 @@ class ExportSummary:
         loras = self.source.loras.values()
         ranks = sorted({update.rank for lora in loras for update in lora.updates.values()})
         lines = [
-            *(f"from     {lora.path} ({len(lora.updates)} modules)" for lora in loras),
+            *(f"from     {lora.place} ({len(lora.updates)} modules)" for lora in loras),
             f"rank     {', '.join(map(str, ranks))}",
             f"format   {self.format_name}",
-            *(f"wrote    {self.directory / name}" for name in self.files),
+            *(f"wrote    {Store.at(self.directory).url_of(name)}" for name in self.files),
         ]
         if self.planned:
             lines.append(f"dry run  nothing was uploaded; {self.repository} would get")
@@ -52,15 +54,20 @@ class ExportSummary:
 def export(config: ExportConfig) -> ExportSummary:
     """Write a LoRA in a format, several adapters each into a folder of its name. Raises InputError."""
     check_export_config(config)
-    output = Path(config.output_dir)
-    source = open_source(config.input_path, where="--input_path", checkpoint=config.checkpoint)
+    with fetched_lora(config.input_path, config.checkpoint) as path:
+        source = open_source(
+            path,
+            where="--input_path",
+            checkpoint=config.checkpoint,
+            fetched_from=config.input_path if is_url(config.input_path) else None,
+        )
+        facts = None if source.experiment is None else read_run(source.experiment, source.step)
     if config.checkpoint_dir is not None:
         base = CheckpointDir.open(config.checkpoint_dir).path / TRANSFORMER
         shapes = {name: tuple(tensor.shape) for name, tensor, _ in read_weights(base)}
         for lora in source.loras.values():
-            check_lora_fits(lora.updates, shapes, lora.path)
-    facts = None if source.experiment is None else read_run(source.experiment, source.step)
-    files = {}
+            check_lora_fits(lora.updates, shapes, lora.place)
+    files: dict[str, bytes] = {}
     for adapter, lora in source.loras.items():
         folder = "" if adapter == ADAPTER_NAME else f"{adapter}/"
         written = format_files(
@@ -71,23 +78,24 @@ def export(config: ExportConfig) -> ExportSummary:
             notes=facts and facts.notes(),
         )
         files |= {f"{folder}{name}": content for name, content in written.items()}
-    with new_folder(output) as partial:
+    with output_folder(config.output_dir, last=files) as partial:
         for name, content in files.items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         if facts is not None:
             write_card(partial, facts, format_name=config.format, files=list(files))
-    repository, planned = config.push_to_hub, []
-    if repository is not None:
-        if config.dry_run:
-            planned = planned_upload(output)
-        else:
-            repository = upload(output, repository)
+        names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
+        planned = planned_upload(partial) if config.dry_run else []
+    output = Store.at(config.output_dir)
+    repository = config.push_to_hub
+    if repository is not None and not config.dry_run:
+        with fetched(output) as exported:
+            repository = upload(exported, repository, exported_to=output.url)
     return ExportSummary(
         source=source,
         format_name=config.format,
-        directory=output,
-        files=sorted(file.relative_to(output).as_posix() for file in output.rglob("*") if file.is_file()),
+        directory=output.place_of(""),
+        files=names,
         repository=repository,
         planned=planned,
     )
@@ -105,4 +113,4 @@ def check_export_config(config: ExportConfig) -> None:
         raise InputError(
             "there is no upload to try", where="--dry_run", fix="give --push_to_hub USER/NAME too"
         )
-    check_new(Path(config.output_dir))
+    check_new(config.output_dir)

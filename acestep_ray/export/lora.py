@@ -109,7 +109,7 @@ def merged_weight(weight: Tensor, changes: Iterable[tuple[LoraUpdate, float]]) -
 
 
 def check_lora_fits(
-    updates: Mapping[str, LoraUpdate], shapes: Mapping[str, Sequence[int]], path: Path
+    updates: Mapping[str, LoraUpdate], shapes: Mapping[str, Sequence[int]], path: Path | str
 ) -> None:
     """Raise InputError when a LoRA has modules that the model lacks or that have another size there.
 

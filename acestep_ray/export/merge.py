@@ -13,13 +13,14 @@ from torch import Tensor
 
 from acestep_ray.config import MergeConfig
 from acestep_ray.errors import InputError
-from acestep_ray.export.folder import check_new, new_folder
+from acestep_ray.export.fetched import fetched_lora
 from acestep_ray.export.lora import check_lora_fits, merged_weight
 from acestep_ray.export.reading import LoraUpdate
 from acestep_ray.export.source import open_source
 from acestep_ray.export.transformer import WeightInfo, parse_size, write_weights
 from acestep_ray.models.checkpoint import LYRIC_VOCAB, PARTS, TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
+from acestep_ray.storage import Store, check_new, is_url, output_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECORD = "merged.json"
@@ -34,13 +35,16 @@ class Strength:
     path: Path
     updates: dict[str, LoraUpdate]
     weight: float
+    place: str
+    """The path or URL, for messages."""
 
 
 @dataclass
 class MergeSummary:
     """What was written."""
 
-    directory: Path
+    directory: Path | str
+    """A URL in object storage."""
     files: int
     """Of the transformer's weights."""
     num_bytes: int
@@ -51,7 +55,7 @@ class MergeSummary:
 
     def render(self) -> str:
         """The summary as text."""
-        lines = [f"LoRA        {lora.path} at strength {lora.weight:g}" for lora in self.loras]
+        lines = [f"LoRA        {lora.place} at strength {lora.weight:g}" for lora in self.loras]
         return "\n".join(
             [
                 *lines,
@@ -74,14 +78,13 @@ def merge(config: MergeConfig) -> MergeSummary:
     if largest_file is None:
         where = f"--max_shard_size {config.max_shard_size}"
         raise InputError("not a size", where=where, fix="such as 5GB or 500MB")
-    output = Path(config.output_dir)
-    check_new(output)
+    check_new(config.output_dir)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
     base = checkpoint.path / TRANSFORMER
     loras = read_strengths(config.lora_path, config.lora_weight)
     stored = {name: WeightInfo(tuple(tensor.shape), tensor.dtype) for name, tensor, _ in read_weights(base)}
     for lora in loras:
-        check_lora_fits(lora.updates, {name: info.shape for name, info in stored.items()}, lora.path)
+        check_lora_fits(lora.updates, {name: info.shape for name, info in stored.items()}, lora.place)
     infos = {name: _in_dtype(info, DTYPES[config.dtype]) for name, info in stored.items()}
     changes: dict[str, list[tuple[LoraUpdate, float]]] = {}
     for lora in loras:
@@ -91,7 +94,7 @@ def merge(config: MergeConfig) -> MergeSummary:
     def change(name: str, weight: Tensor) -> Tensor:
         return merged_weight(weight, changes[name]) if name in changes else weight
 
-    with new_folder(output) as folder:
+    with output_folder(config.output_dir, last=[RECORD]) as folder:
         for name in _OTHER_PARTS:
             if (checkpoint.path / name).is_dir():
                 shutil.copytree(checkpoint.path / name, folder / name)
@@ -109,7 +112,7 @@ def merge(config: MergeConfig) -> MergeSummary:
         num_bytes = sum(file.stat().st_size for file in files)
         CheckpointDir.open(folder)
     return MergeSummary(
-        directory=output,
+        directory=Store.at(config.output_dir).place_of(""),
         files=len(files),
         num_bytes=num_bytes,
         changed=len(changes.keys() & stored.keys()),
@@ -135,11 +138,12 @@ def read_strengths(paths: str, weights: str | None) -> list[Strength]:
             where=f"--lora_weight {weights}",
             fix="give as many as there are in --lora_path, with commas between them",
         )
-    return [
-        Strength(lora.path, lora.updates, weight)
-        for place, weight in zip(places, numbers, strict=True)
-        for lora in open_source(place, where="--lora_path").loras.values()
-    ]
+    strengths = []
+    for place, weight in zip(places, numbers, strict=True):
+        with fetched_lora(place) as path:
+            source = open_source(path, where="--lora_path", fetched_from=place if is_url(place) else None)
+        strengths += [Strength(lora.path, lora.updates, weight, lora.place) for lora in source.loras.values()]
+    return strengths
 
 
 def _listed(text: str) -> list[str]:

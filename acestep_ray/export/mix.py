@@ -11,18 +11,19 @@ import torch
 
 from acestep_ray.config import MixConfig
 from acestep_ray.errors import InputError
-from acestep_ray.export.folder import check_new, new_folder
 from acestep_ray.export.formats import DTYPES, universal_bytes
 from acestep_ray.export.low_rank import LayerError, reduced, total_relative_error
 from acestep_ray.export.merge import Strength, read_strengths
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate
+from acestep_ray.storage import Store, check_new, output_folder
 
 
 @dataclass
 class MixSummary:
     """What was mixed."""
 
-    file: Path
+    file: Path | str
+    """A URL in object storage."""
     loras: list[Strength]
     ranks: tuple[int, int]
     """Least and largest rank of a module."""
@@ -35,7 +36,7 @@ class MixSummary:
         least, largest = self.ranks
         return "\n".join(
             [
-                *(f"LoRA   {lora.path} at strength {lora.weight:g}" for lora in self.loras),
+                *(f"LoRA   {lora.place} at strength {lora.weight:g}" for lora in self.loras),
                 f"rank   {least if least == largest else f'{least} to {largest}'}",
                 f"error  {self.relative_error:.4f} of the sum is not in the mixture",
                 f"file   {self.file}",
@@ -51,8 +52,7 @@ def mix(config: MixConfig) -> MixSummary:
         raise InputError("must be at least 1", where=f"--rank {config.rank}")
     if config.dtype not in DTYPES:
         raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=", ".join(DTYPES))
-    output = Path(config.output_dir)
-    check_new(output)
+    check_new(config.output_dir)
     loras = read_strengths(config.lora_path, config.lora_weight)
     updates = weighted_sum(loras)
     errors: dict[str, LayerError] = {}
@@ -62,11 +62,11 @@ def mix(config: MixConfig) -> MixSummary:
                 updates[name], errors[name] = reduced(update, config.rank)
             else:
                 errors[name] = LayerError(update.norm(), 0.0, update.rank)
-    with new_folder(output) as folder:
+    with output_folder(config.output_dir) as folder:
         (folder / LORA_FILE).write_bytes(universal_bytes(updates, DTYPES[config.dtype]))
     ranks = [update.rank for update in updates.values()]
     return MixSummary(
-        file=output / LORA_FILE,
+        file=Store.at(config.output_dir).place_of(LORA_FILE),
         loras=loras,
         ranks=(min(ranks), max(ranks)),
         relative_error=total_relative_error(errors),
@@ -85,13 +85,13 @@ def weighted_sum(loras: Sequence[Strength]) -> dict[str, LoraUpdate]:
             if update.magnitude is not None:
                 raise InputError(
                     f"a DoRA cannot be mixed, for its changes do not add up (`{name}`)",
-                    where=str(lora.path),
+                    where=lora.place,
                     fix="merge it with `acestep-ray export merge`, and make a LoRA of that with `export extract`",
                 )
             by_module.setdefault(name, []).append((lora, update))
     mixed = {}
     for name, parts in sorted(by_module.items()):
-        (first, shape), *others = [(lora.path, update.shape) for lora, update in parts]
+        (first, shape), *others = [(lora.place, update.shape) for lora, update in parts]
         for path, other in others:
             if other != shape:
                 raise InputError(

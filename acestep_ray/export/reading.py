@@ -105,6 +105,9 @@ class LoraFile:
     """One of its keys, as it is written."""
     dtypes: tuple[str, ...]
     metadata: dict[str, str]
+    num_bytes: int
+    place: str
+    """What it is called to the user: its path, or the URL that it was fetched from."""
 
     @property
     def is_dora(self) -> bool:
@@ -189,6 +192,8 @@ def open_lora(path: Path) -> LoraFile:
         example=next(key for key in sorted(tensors) if not key.endswith(".alpha")),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         metadata=metadata,
+        num_bytes=path.stat().st_size,
+        place=str(path),
     )
 
 
@@ -259,7 +264,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict, str | N
         return {}, None
     try:
         config = json.loads(described)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"the LoRA's metadata is not JSON ({error})", where=str(path)) from None
     if not isinstance(config, dict):
         raise InputError("the LoRA's metadata is not a JSON object", where=str(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acestep_ray.errors import AceStepError, InputError
@@ -40,18 +40,21 @@ class Source:
         return first.path.resolve().parent.name if is_named_by_form else first.path.stem
 
 
-def open_source(path: str | Path, *, where: str, checkpoint: str = "last") -> Source:
+def open_source(
+    path: str | Path, *, where: str, checkpoint: str = "last", fetched_from: str | None = None
+) -> Source:
     """Read the LoRAs of an experiment, a training checkpoint, or a LoRA's file or directory.
 
     Of an experiment `checkpoint` chooses: `last`, `best` (the lowest validation loss), or a step. `where` names the
-    flag in messages. Raises InputError for what holds no whole LoRA of an ACE-Step v1 model.
+    flag in messages, `fetched_from` the URL of what `path` is a copy of (`fetched_lora`). Raises InputError for what
+    holds no whole LoRA of an ACE-Step v1 model.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(
             "nothing here", where=f"{where} {path}", fix="give an experiment, a training checkpoint or a LoRA"
         )
-    folder = _checkpoint_folder(path, checkpoint)
+    folder = checkpoint_folder(path, checkpoint)
     if folder is None:
         files, experiment, step = {ADAPTER_NAME: find_lora_file(path)}, None, None
     else:
@@ -60,6 +63,8 @@ def open_source(path: str | Path, *, where: str, checkpoint: str = "last") -> So
     loras = {adapter: open_lora(file) for adapter, file in files.items()}
     for lora in loras.values():
         check_is_ace_step(lora)
+    if fetched_from is not None:
+        loras = {adapter: replace(lora, place=fetched_from) for adapter, lora in loras.items()}
     return Source(loras, experiment, step)
 
 
@@ -76,7 +81,7 @@ def check_is_ace_step(lora: LoraFile) -> None:
         )
 
 
-def _checkpoint_folder(path: Path, chosen: str) -> Path | None:
+def checkpoint_folder(path: Path, chosen: str) -> Path | None:
     """The folder `step=N` that an experiment, its checkpoints or one of these means; None for anything else."""
     path = path.resolve()
     if _STEP.fullmatch(path.name) and path.is_dir():
@@ -86,7 +91,8 @@ def _checkpoint_folder(path: Path, chosen: str) -> Path | None:
     checkpoints = Checkpoints(Store.at(folder))
     steps = checkpoints.steps() if folder.is_dir() else []
     if not steps:
-        if (path / SETTINGS_FILE).exists():
+        # The winner of a search has settings and a LoRA.
+        if (path / SETTINGS_FILE).exists() and not (path / LORA_FILE).exists():
             raise InputError("this run has no checkpoint yet", where=str(path), fix="train it further")
         return None
     step = {"last": str(steps[-1])}.get(chosen, chosen)

@@ -26,10 +26,12 @@ class EventFile:
     Not torch's `SummaryWriter`: its thread ends with the first error, and what it held is lost.
     """
 
-    def __init__(self, log_dir: Path, first_step: int, say: Say):
+    def __init__(self, log_dir: Path, first_step: int, say: Say, *, largest_file: int | None = None):
+        """More than `largest_file` bytes go on in another file."""
         self._log_dir = log_dir
         self._first_step = first_step
         self._say = say
+        self._largest_file = largest_file
         self._file: BinaryIO | None = None
         self._has_begun = False
         self._records: deque[bytes] = deque()
@@ -66,6 +68,8 @@ class EventFile:
                 self._file.write(self._header())
             self._file.write(b"".join(self._records))
             self._file.flush()
+            if self._largest_file is not None and self._file.tell() > self._largest_file:
+                self._close_file()
         except OSError as error:
             self._close_file()  # its last event may be cut: what follows goes to another file
             self._retry.failed()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from acestep_ray.errors import InputError
+from acestep_ray.errors import InputError, without_password
+from acestep_ray.storage import is_url
 
 OFF = "none"
 CHANGED_PARAM = "resumed."
@@ -23,6 +24,13 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 5000
 
 REQUEST_SECONDS = 10
+
+_CREDENTIALS_FIX = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, on every node"
+)
+
+# `user:password@`, or a parameter of a database's driver.
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&][a-z_]*(password|passwd|token|secret)=", re.IGNORECASE)
 
 Say = Callable[[str], None]
 
@@ -38,13 +46,21 @@ class MLflowRun:
     run_id: str
 
 
-def mlflow_uri(tracking_uri: str | None, logger_dir: Path) -> str | None:
+def mlflow_uri(tracking_uri: str | None, logger_dir: str | Path) -> str | None:
     """The MLflow address that the settings mean; None when MLflow is off or, by default, not installed.
 
-    Raises InputError when an address is given and MLflow is not installed.
+    Raises InputError when an address is given and MLflow is not installed, for an address with a password in it, and
+    for logs in object storage when none is given.
     """
     if tracking_uri == OFF:
         return None
+    if tracking_uri is not None and _PASSWORD.search(tracking_uri):
+        raise InputError(
+            "a password does not belong into an address, which is shown and written down",
+            where=f"--tracking_uri {without_password(tracking_uri).partition('?')[0]}",
+            fix="give it in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, "
+            "PGPASSWORD for PostgreSQL",
+        )
     if importlib.util.find_spec("mlflow") is None:
         if tracking_uri is None:
             return None
@@ -53,7 +69,13 @@ def mlflow_uri(tracking_uri: str | None, logger_dir: Path) -> str | None:
             where=f"--tracking_uri {tracking_uri}",
             fix="pip install mlflow, or `none`",
         )
-    return tracking_uri or f"sqlite:///{logger_dir.resolve()}/mlflow.db"
+    if tracking_uri is None and is_url(logger_dir):
+        raise InputError(
+            "MLflow's own database is a file, which cannot lie in object storage",
+            where=f"--logger_dir {logger_dir}",
+            fix="give --tracking_uri with the address of an MLflow server, or `none`",
+        )
+    return tracking_uri or f"sqlite:///{Path(logger_dir).resolve()}/mlflow.db"
 
 
 def start_mlflow_run(
@@ -75,7 +97,7 @@ def start_mlflow_run(
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it creates
-    values = {name: str(value)[:PARAM_CHARACTERS] for name, value in params.items()}
+    values = {name: without_password(str(value))[:PARAM_CHARACTERS] for name, value in params.items()}
     labels = {name: value[:TAG_CHARACTERS] for name, value in (tags or {}).items()}
     try:
         with short_requests(uri, REQUEST_SECONDS):
@@ -91,14 +113,14 @@ def start_mlflow_run(
     except Exception as error:  # every kind of store and network has errors of its own
         if run_id is not None:
             say(
-                f"warning: MLflow at {without_password(uri)} does not answer ({reason_of(error)}); "
-                "the run goes on, and its metrics are sent when it does"
+                f"warning: MLflow at {without_password(uri)} does not take the run ({reason_of(error)}); "
+                "it goes on, and its metrics are sent when it does"
             )
             return MLflowRun(uri, run_id)
         raise InputError(
             f"MLflow does not take the run ({reason_of(error)})",
             where=f"--tracking_uri {without_password(uri)}",
-            fix="check the address, or `none`",
+            fix=_CREDENTIALS_FIX if is_refused(error) else "check the address, or `none`",
         ) from None
 
 
@@ -111,7 +133,7 @@ def end_mlflow_run(run: MLflowRun, status: str, *, say: Say = print) -> None:
             MlflowClient(run.tracking_uri).set_terminated(run.run_id, status=status)
     except Exception as error:  # every kind of store and network has errors of its own
         say(
-            f"warning: MLflow at {without_password(run.tracking_uri)} does not answer ({reason_of(error)}); "
+            f"warning: MLflow at {without_password(run.tracking_uri)} does not take it ({reason_of(error)}); "
             f"it goes on showing the run {run.run_id} as it was before it was {status}"
         )
 
@@ -189,13 +211,16 @@ def short_requests(uri: str, seconds: int) -> Iterator[None]:
         yield
 
 
-def without_password(text: str) -> str:
-    """Without the names and passwords of URLs."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+def is_refused(error: BaseException) -> bool:
+    """Whether MLflow's server does not take the credentials, or they give no right to what was asked for."""
+    status = getattr(error, "get_http_status_code", lambda: None)()
+    return status in (401, 403)
 
 
 def reason_of(error: BaseException) -> str:
     """What an error began with, in a line: MLflow's own wraps it in several."""
+    if is_refused(error):
+        return f"it refuses the credentials: {_CREDENTIALS_FIX}"
     while (
         inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     ) is not None:

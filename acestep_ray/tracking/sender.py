@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from acestep_ray.errors import without_password
 from acestep_ray.tracking.metric_queue import Metric, MetricQueue
 from acestep_ray.tracking.mlflow_run import (
     REQUEST_SECONDS,
     MLflowRun,
     reason_of,
     short_requests,
-    without_password,
 )
 from acestep_ray.tracking.retry import Retry
 
@@ -39,12 +39,15 @@ class _Upload:
 class Sender:
     """Sends a run's metrics and artifacts to MLflow, in order, on a thread of its own."""
 
-    def __init__(self, run: MLflowRun, buffer_file: Path, first_step: int, say: Say):
+    def __init__(
+        self, run: MLflowRun, buffer_file: Path, first_step: int, say: Say, *, kept_in: str | None = None
+    ):
+        """`kept_in` is what the buffer file is called to the user, where a copy of it is what stays."""
         import mlflow.tracking  # noqa: F401, not in the thread, beside the imports of others
 
         self._run = run
         self._where = f"MLflow at {without_password(run.tracking_uri)}"
-        self._buffer_file = buffer_file
+        self._buffer_file = kept_in or buffer_file
         self._say = say
         self._client: Any = None
         # Held for all below, and told of what is new and of what is done.

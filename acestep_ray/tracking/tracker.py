@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from acestep_ray.storage import Store
 from acestep_ray.tracking.event_file import EventFile
 from acestep_ray.tracking.metric_queue import Metric
+from acestep_ray.tracking.mirror import Mirror
 from acestep_ray.tracking.mlflow_run import MLflowRun
 from acestep_ray.tracking.sender import Sender
 
 BUFFER_FILE = "mlflow-buffer.jsonl"
+LARGEST_MIRRORED_BYTES = 16 * 2**20
+"""Events go on in another file then: one that has grown is copied whole."""
 
 Say = Callable[[str], None]
 
@@ -26,12 +30,27 @@ class Tracker:
     told when it works.
     """
 
-    def __init__(self, log_dir: Path, run: MLflowRun | None, first_step: int = 0, *, say: Say = print):
-        """`first_step` discards what an interrupted run wrote, or left unsent, beyond its last checkpoint."""
+    def __init__(
+        self, log_dir: Path | Store, run: MLflowRun | None, first_step: int = 0, *, say: Say = print
+    ):
+        """`first_step` discards what an interrupted run wrote, or left unsent, beyond its last checkpoint.
+
+        What belongs to a `log_dir` in object storage is written on this machine, and copied there now and then.
+        """
+        store = Store.at(log_dir)
+        self._mirror = None
+        largest_file = None
+        if not store.is_local:
+            self._mirror = Mirror(store, brought=[] if run is None else [BUFFER_FILE], say=say)
+            largest_file = LARGEST_MIRRORED_BYTES
+        folder = store.path if self._mirror is None else self._mirror.folder
         self._events = None
         if importlib.util.find_spec("tensorboard") is not None:
-            self._events = EventFile(log_dir, first_step, say)
-        self._sender = None if run is None else Sender(run, log_dir / BUFFER_FILE, first_step, say)
+            self._events = EventFile(folder, first_step, say, largest_file=largest_file)
+        self._sender = None
+        if run is not None:
+            kept_in = store.url_of(BUFFER_FILE)
+            self._sender = Sender(run, folder / BUFFER_FILE, first_step, say, kept_in=kept_in)
 
     def log(self, metrics: dict[int, dict[str, float]]) -> None:
         """Write metrics by name, by step; what TensorBoard was given survives a kill."""
@@ -71,3 +90,5 @@ class Tracker:
             self._events.close()
         if self._sender is not None:
             self._sender.close()
+        if self._mirror is not None:
+            self._mirror.close()

@@ -109,9 +109,9 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         config,
         precision=PRECISIONS[config.precision],
         # Workers have a working directory of their own.
-        checkpoint_dir=str(Path(config.checkpoint_dir).resolve()),
+        checkpoint_dir=Store.at(config.checkpoint_dir).url,
         dataset_path=Store.at(config.dataset_path).url,
-        init_lora_path=config.init_lora_path and str(Path(config.init_lora_path).resolve()),
+        init_lora_path=config.init_lora_path and Store.at(config.init_lora_path).url,
         ckpt_path=config.ckpt_path and Store.at(config.ckpt_path).url,
     )
 

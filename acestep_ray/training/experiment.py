@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.storage import HeldError, Lease, StorageError, Store
 
 IDENTITY_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -66,15 +70,19 @@ def run_identity(
     }
 
 
-def check_unchanged(experiment: Path, identity: Mapping[str, Any], *, allow_changes: bool) -> None:
+Folder = Store | Path
+"""Of a run: on this machine, or a `Store`."""
+
+
+def check_unchanged(experiment: Folder, identity: Mapping[str, Any], *, allow_changes: bool) -> None:
     """Raise InputError with the differences to what the run in this folder was started with, unless they are allowed.
 
     Only for a folder that has checkpoints; one without any note of its identity passes.
     """
-    noted = experiment / IDENTITY_FILE
-    if allow_changes or not noted.exists():
+    experiment = Store.at(experiment)
+    before = read_json(experiment, IDENTITY_FILE)
+    if allow_changes or before is None:
         return
-    before = json.loads(noted.read_text(encoding="utf-8"))
     lines = []
     for name in dict.fromkeys([*before, *identity]):
         old, new = before.get(name), identity.get(name)
@@ -84,20 +92,36 @@ def check_unchanged(experiment: Path, identity: Mapping[str, Any], *, allow_chan
     if lines:
         raise InputError(
             "this run was started with other settings",
-            where=f"{experiment}{''.join(lines)}",
+            where=f"{experiment.url}{''.join(lines)}",
             fix="use another --exp_name, set them back, or go on with the new ones with --allow_changes",
         )
 
 
-def note_identity(experiment: Path, identity: Mapping[str, Any]) -> None:
+def note_identity(experiment: Folder, identity: Mapping[str, Any]) -> None:
     """Write down what the run is started, or goes on, with."""
-    partial = experiment / f".{IDENTITY_FILE}.partial"
-    partial.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(experiment / IDENTITY_FILE)
+    write_json(Store.at(experiment), IDENTITY_FILE, identity)
 
 
-def make_folder(path: Path, flag: str) -> None:
+def read_json(folder: Store, name: str) -> Any:
+    """What a file of a run's folder holds; None where there is no such file."""
+    try:
+        return json.loads(folder.read_bytes(name))
+    except FileNotFoundError:
+        return None
+
+
+def write_json(folder: Store, name: str, values: Any) -> None:
+    """Write a file of a run's folder, whole or not at all."""
+    folder.write_bytes(name, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def make_folder(folder: Folder, flag: str) -> None:
     """Make a folder that can be written to. Raises InputError."""
+    store = Store.at(folder)
+    if not store.is_local:
+        _check_takes_objects(store, flag)
+        return
+    path = store.path
     probe = path / ".writable"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -111,22 +135,62 @@ def make_folder(path: Path, flag: str) -> None:
         ) from None
 
 
+def _check_takes_objects(store: Store, flag: str) -> None:
+    probe = f".writable-{uuid.uuid4().hex}"
+    try:
+        store.write_bytes(probe, b"")
+        store.delete([probe])
+    except (StorageError, FileNotFoundError) as error:
+        raise InputError(
+            f"cannot write here ({error})", where=f"{flag} {store.url}", fix="choose another folder"
+        ) from None
+
+
 @contextlib.contextmanager
-def only_run(experiment: Path) -> Iterator[None]:
+def only_run(experiment: Folder) -> Iterator[None]:
     """Hold the folder of a run; the system lets it go when the process ends, however that happens.
 
-    Raises InputError where another process holds it.
+    A folder in object storage is held by an object that is renewed: it is free a minute after the process has ended
+    without letting it go. Raises InputError where another process holds it.
     """
-    lock = FileLock(experiment / _LOCK_FILE)
+    experiment = Store.at(experiment)
+    if not experiment.is_local:
+        with _leased(experiment):
+            yield
+        return
+    lock = FileLock(experiment.path / _LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(
-            "a run with this --exp_name is under way",
-            where=str(experiment),
-            fix="wait for it to end, or use another --exp_name",
-        ) from None
+        raise _under_way(experiment) from None
     try:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _leased(experiment: Store) -> Iterator[None]:
+    lease = Lease(experiment, _LOCK_FILE, lost=_end_this_run)
+    try:
+        lease.acquire()
+    except HeldError as error:
+        raise _under_way(experiment, f" ({error})") from None
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _end_this_run(why: str) -> None:
+    """Bring this process to an end as SIGTERM does, so that two runs do not write to one folder."""
+    print(f"{why}: this run was out of reach for too long, and ends", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _under_way(experiment: Store, by: str = "") -> InputError:
+    return InputError(
+        f"a run with this --exp_name is under way{by}",
+        where=experiment.url,
+        fix="wait for it to end, or use another --exp_name",
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from acestep_ray.export.lora import LORA_FILE
 from acestep_ray.export.transformer import export_transformer
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.ray_runtime import connect
-from acestep_ray.storage import Store
+from acestep_ray.storage import Store, updated_folder
 from acestep_ray.tracking import (
     BUFFER_FILE,
     MLflowRun,
@@ -36,14 +36,17 @@ from acestep_ray.training.experiment import (
     make_folder,
     note_identity,
     only_run,
+    read_json,
     run_identity,
+    write_json,
 )
 from acestep_ray.training.holdout import hold_out
 from acestep_ray.training.launch import resolve_training_device, run_workers
 from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.settings import WorkerSettings
 from acestep_ray.training.songs import find_songs, open_songs
 from acestep_ray.training.state import Checkpoints, best_step
-from acestep_ray.training.worker import WorkerSettings, build_plan
+from acestep_ray.training.worker import build_plan
 
 EXPORT_FOLDER = "ace_step_transformer"
 MLFLOW_FILE = "mlflow.json"
@@ -61,8 +64,9 @@ class TrainSummary:
     result: Path | str
     """The LoRA file of the last checkpoint, its folder where there are several, or the fine-tuned transformer's; a URL
     for what lies in object storage."""
-    samples: list[Path]
-    experiment: Path
+    samples: list[Path | str]
+    """By step."""
+    experiment: Store
     tracking_uri: str | None
     wall_seconds: float
     finished_before: bool
@@ -112,19 +116,19 @@ def train(config: TrainConfig) -> TrainSummary:
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
     lora = None if config.lora_config_path is None else read_lora_config(config.lora_config_path)
     check_model(config, lora, checkpoint)
-    tracking_uri = mlflow_uri(config.tracking_uri, Path(config.logger_dir))
+    tracking_uri = mlflow_uri(config.tracking_uri, config.logger_dir)
 
-    experiment = Path(config.exp_dir).resolve() / config.exp_name
+    experiment = Store.at(config.exp_dir).child(config.exp_name)
     songs = open_songs(config, checkpoint)
     if isinstance(songs, CacheIndex):
         count_steps(songs.latent_frames, config)  # refuses a batch that is too small for a song
-    log_dir = Path(config.logger_dir).resolve() / config.exp_name
+    log_dir = Store.at(config.logger_dir).child(config.exp_name)
     make_folder(experiment, "--exp_dir")
     make_folder(log_dir, "--logger_dir")
     with only_run(experiment):
         connect()
         use_gpu = resolve_training_device(config)
-        found = find_songs(songs, checkpoint, config, Store.at(experiment), use_gpu)
+        found = find_songs(songs, checkpoint, config, experiment, use_gpu)
         held_out = hold_out(found.recordings, config.val_songs)
         if len(held_out):
             print(f"{len(held_out)} of {len(found.recordings)} songs are held out for validation", flush=True)
@@ -132,7 +136,7 @@ def train(config: TrainConfig) -> TrainSummary:
             config=config,
             lora=lora,
             checkpoints=checkpoints_of(config, experiment),
-            samples=experiment / "samples",
+            samples=experiment.child("samples"),
             log_dir=log_dir,
             mlflow_run=None,
             total_steps=count_steps(found.latent_frames, config, held_out),
@@ -157,7 +161,7 @@ def train(config: TrainConfig) -> TrainSummary:
         last_loss=losses.get("last", math.nan),
         fixed_noise=losses["fixed_noise"],
         result=find_result(settings, checkpoint, losses["step"], experiment),
-        samples=sorted(settings.samples.rglob("*.wav"), key=lambda path: path.stat().st_mtime),
+        samples=find_samples(settings.samples),
         experiment=experiment,
         tracking_uri=tracking_uri,
         wall_seconds=time.monotonic() - started,
@@ -168,10 +172,10 @@ def train(config: TrainConfig) -> TrainSummary:
     )
 
 
-def checkpoints_of(config: TrainConfig, experiment: Path) -> Store:
+def checkpoints_of(config: TrainConfig, experiment: Store) -> Store:
     """Where the checkpoints of an experiment lie."""
     if config.checkpoints_dir is None:
-        return Store.at(experiment / CHECKPOINTS)
+        return experiment.child(CHECKPOINTS)
     return Store.at(config.checkpoints_dir).child(config.exp_name).child(CHECKPOINTS)
 
 
@@ -192,39 +196,44 @@ def finished_losses(settings: WorkerSettings) -> dict | None:
 
 
 def prepare_experiment(
-    experiment: Path, settings: WorkerSettings, tracking_uri: str | None, identity: Mapping[str, Any]
+    experiment: Store, settings: WorkerSettings, tracking_uri: str | None, identity: Mapping[str, Any]
 ) -> WorkerSettings:
     """Note the run's settings, and begin or continue its MLflow run, with what it trains on and with."""
     values = asdict(settings.config)
-    (experiment / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    experiment.write_bytes("train.yaml", yaml.safe_dump(values, sort_keys=False).encode())
     if tracking_uri is None:
         return settings
-    noted = experiment / MLFLOW_FILE
-    known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    known = read_json(experiment, MLFLOW_FILE) or {}
     run_id = known.get("run_id") if known.get("tracking_uri") == tracking_uri else None
     fingerprints = {f"fingerprint.{name}": str(identity[key]) for name, key in FINGERPRINTS.items()}
     tags = {**environment_tags(), **fingerprints}
     run = start_mlflow_run(tracking_uri, "acestep-ray", settings.config.exp_name, values, run_id, tags=tags)
-    noted.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
+    write_json(experiment, MLFLOW_FILE, asdict(run))
     return replace(settings, mlflow_run=run)
 
 
 def find_result(
-    settings: WorkerSettings, checkpoint: CheckpointDir, step: int, experiment: Path
+    settings: WorkerSettings, checkpoint: CheckpointDir, step: int, experiment: Store
 ) -> Path | str:
     """The LoRA file of a checkpoint, or the whole transformer, which is written from it."""
     checkpoints = Checkpoints(settings.checkpoints)
     if settings.lora is not None:
-        folder = checkpoints.folder(step)
-        if not folder.is_local:
-            return folder.url if "adapters" in settings.lora else folder.url_of(LORA_FILE)
-        return folder.path if "adapters" in settings.lora else folder.path / LORA_FILE
-    return export_transformer(checkpoint, checkpoints.read_weights(step), experiment / EXPORT_FOLDER)
+        return checkpoints.folder(step).place_of("" if "adapters" in settings.lora else LORA_FILE)
+    with updated_folder(experiment.child(EXPORT_FOLDER), last=["config.json"]) as folder:
+        export_transformer(checkpoint, checkpoints.read_weights(step), folder)
+    return experiment.place_of(EXPORT_FOLDER)
 
 
-def send_what_was_kept(experiment: Path, settings: WorkerSettings) -> None:
+def find_samples(samples: Store) -> list[Path | str]:
+    """The sounds that a run has made, by step."""
+    names = samples.names(suffix=".wav")
+    return [
+        samples.place_of(name) for name in sorted(names, key=lambda name: int(re.search(r"\d+", name)[0]))
+    ]
+
+
+def send_what_was_kept(experiment: Store, settings: WorkerSettings) -> None:
     """Send the metrics of a finished run that MLflow did not take while it ran."""
-    noted = experiment / MLFLOW_FILE
-    if noted.exists() and (settings.log_dir / BUFFER_FILE).exists():
-        run = MLflowRun(**json.loads(noted.read_text(encoding="utf-8")))
-        Tracker(settings.log_dir, run, first_step=settings.total_steps + 1).close()
+    noted = read_json(experiment, MLFLOW_FILE)
+    if noted is not None and settings.log_dir.status(BUFFER_FILE) is not None:
+        Tracker(settings.log_dir, MLflowRun(**noted), first_step=settings.total_steps + 1).close()

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -21,12 +22,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.ray_runtime import Console, StopSignal, has_gpus
+from acestep_ray.ray_runtime import Console, StopSignal, nodes_with, share_of
 from acestep_ray.storage import Store
 from acestep_ray.tracking import end_mlflow_run
-from acestep_ray.training.experiment import CHECKPOINTS
 from acestep_ray.training.leaving import SavingTorchConfig, leaving
-from acestep_ray.training.worker import TrainingDivergedError, WorkerPlace, WorkerSettings, train_worker
+from acestep_ray.training.settings import WorkerPlace, WorkerSettings
+from acestep_ray.training.worker import TrainingDivergedError, train_worker
 
 _SIGNAL_SECONDS = 0.2
 # How long Ray Train waits for the machines of its workers, until it looks again at which there are.
@@ -36,15 +37,18 @@ _ELASTIC_START_SECONDS = 5
 
 def resolve_training_device(config: TrainConfig) -> bool:
     """Whether the workers take a GPU each. Raises InputError when there are too few of them."""
-    use_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus())
+    nodes = [node["Resources"] for node in nodes_with(config.worker_resource, "--worker_resource")]
+    has_gpus = any(node.get("GPU") for node in nodes)
+    use_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
     resource = "GPU" if use_gpu else "CPU"
-    available = int(ray.cluster_resources().get(resource, 0))
+    available = sum(int(node.get(resource, 0)) for node in nodes)
     workers = config.devices * config.num_nodes
     if available < (config.min_devices or workers):
         raise InputError(
             f"{workers} workers need a {resource} each, and there are {available}",
             where=f"--devices {config.devices}"
-            + (f" --num_nodes {config.num_nodes}" * (config.num_nodes > 1)),
+            + (f" --num_nodes {config.num_nodes}" * (config.num_nodes > 1))
+            + (f" --worker_resource {config.worker_resource}" * (config.worker_resource is not None)),
             fix="use fewer devices, or a larger cluster",
         )
     return use_gpu
@@ -58,6 +62,8 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     config = settings.config
     console, stop = Console(), StopSignal()
     workers = config.devices * config.num_nodes
+    stack = contextlib.ExitStack()
+    storage_path, name = stack.enter_context(rays_book(settings.checkpoints))
     trainer = TorchTrainer(
         # Not as `train_loop_config`, which Ray Train's controller would unpickle too, seconds of imports for nothing.
         partial(run_worker, settings, console.say, stop.asked),
@@ -71,15 +77,14 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
             resources_per_worker=reserved_by_worker(settings, use_gpu),
         ),
         run_config=RunConfig(
-            # Ray keeps its book of checkpoints in the folder where we write them, or beside it.
-            storage_path=str(settings.samples.parent),
-            name=CHECKPOINTS,
+            storage_path=storage_path,
+            name=name,
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
     status = "FAILED"
     try:
-        with console, short_wait_for_lost_nodes(config):
+        with stack, console, short_wait_for_lost_nodes(config):
             result, interrupted = fit_interruptibly(trainer.fit, stop.request)
         outcome = result.return_value
         if isinstance(outcome, AceStepError):
@@ -166,11 +171,12 @@ def _fulfil(outcome: Future[Any], work: Callable[[], Any]) -> None:
 
 def reserved_by_worker(settings: WorkerSettings, use_gpu: bool) -> dict[str, float] | None:
     """What each worker reserves, None for Ray's default: where songs are streamed, half of the CPUs decode."""
+    place = share_of(settings.config.worker_resource)
     if settings.stream is None or use_gpu:
-        return None
+        return {"GPU" if use_gpu else "CPU": 1, **place} if place else None
     workers = settings.config.devices * settings.config.num_nodes
     share = ray.cluster_resources()["CPU"] / 2 / workers
-    return {"CPU": min(1.0, math.floor(share * 1000) / 1000)}
+    return {"CPU": min(1.0, math.floor(share * 1000) / 1000), **place}
 
 
 def run_worker(
@@ -193,25 +199,33 @@ def run_worker(
     )
     try:
         with leaving:
-            return train_worker(settings, place, partial(report_to_ray, settings), say)
+            return train_worker(settings, place, report_to_ray, say)
     except AceStepError as error:
         if place.workers > 1 and not isinstance(error, TrainingDivergedError):
             raise
         return error
 
 
-def lies_in_rays_book(settings: WorkerSettings) -> bool:
-    """Whether the checkpoints are in the folder that Ray Train keeps its own book in."""
-    store = settings.checkpoints
-    return store.is_local and store.path == settings.samples.parent / CHECKPOINTS
+@contextlib.contextmanager
+def rays_book(checkpoints: Store) -> Iterator[tuple[str, str]]:
+    """The folder and the name under which Ray Train keeps its own book: where we write checkpoints.
+
+    Of those in object storage Ray knows nothing, and its book is a folder of the driver's machine for as long as it is
+    needed.
+    """
+    if checkpoints.is_local:
+        yield str(checkpoints.parent.path), checkpoints.name
+        return
+    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as folder:
+        yield folder, checkpoints.name
 
 
-def report_to_ray(settings: WorkerSettings, metrics: dict[str, float], checkpoint: Store | None) -> None:
+def report_to_ray(metrics: dict[str, float], checkpoint: Store | None) -> None:
     """Tell Ray Train of a checkpoint; all workers meet here.
 
-    Of one that lies elsewhere Ray need not know: workers that start again look for it themselves.
+    Of one in object storage Ray need not know: workers that start again look for it themselves.
     """
-    is_in_book = checkpoint is not None and lies_in_rays_book(settings)
+    is_in_book = checkpoint is not None and checkpoint.is_local
     ray.train.report(
         metrics,
         checkpoint=ray.train.Checkpoint(str(checkpoint.path)) if is_in_book else None,

@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from acestep_ray.errors import InputError
+from acestep_ray.export.fetched import fetched_lora
 from acestep_ray.export.lora import (
     ADAPTER_NAME,
     LoraUpdate,
@@ -29,6 +30,7 @@ from acestep_ray.export.lora import (
     read_lora,
 )
 from acestep_ray.models.transformer import DepthwiseConv, PointwiseConv
+from acestep_ray.storage import StoredFile
 
 DEFAULT_LORA = {
     "r": 16,
@@ -135,27 +137,27 @@ def read_lora_config(path: str | Path) -> dict:
     Several named adapters that are trained together are `{"adapters": {"style": {…}, "voice": {…}}}`. Raises InputError
     for a file that is missing, is not JSON, or has fields or values that this model cannot be trained with.
     """
-    path = Path(path)
+    file = StoredFile.at(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(file.read_bytes().decode())
     except FileNotFoundError:
         raise InputError(
             "no such LoRA configuration",
-            where=f"--lora_config_path {path}",
+            where=f"--lora_config_path {file}",
             fix="give the path of a JSON file",
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(
-            f"cannot read the LoRA configuration ({error})", where=str(path), fix="it must be one JSON object"
+            f"cannot read the LoRA configuration ({error})", where=str(file), fix="it must be one JSON object"
         ) from None
     if not isinstance(values, dict):
-        raise InputError("the LoRA configuration is not a JSON object", where=str(path))
+        raise InputError("the LoRA configuration is not a JSON object", where=str(file))
     if "adapters" not in values:
-        return _read_fields(values, str(path))
-    _check_adapters(values, str(path))
+        return _read_fields(values, str(file))
+    _check_adapters(values, str(file))
     return {
         "adapters": {
-            name: _read_fields(given, _place(str(path), name)) for name, given in values["adapters"].items()
+            name: _read_fields(given, _place(str(file), name)) for name, given in values["adapters"].items()
         }
     }
 
@@ -402,6 +404,11 @@ def load_lora(model: nn.Module, path: str | Path, adapter: str = ADAPTER_NAME) -
     may start from a plain LoRA. Raises InputError for a file that is no LoRA, and where its modules or ranks are not
     those of the configuration. On the meta device it is a check.
     """
+    with fetched_lora(path) as local:
+        _load_lora(model, local, adapter)
+
+
+def _load_lora(model: nn.Module, path: Path, adapter: str) -> None:
     path = find_lora_file(path)
     updates, layers = read_lora(path), lora_layers(model, adapter)
     if not layers:

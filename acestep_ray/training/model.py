@@ -26,6 +26,7 @@ from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.fusing import fuse_where_possible
 from acestep_ray.models.quantised import FORMS, quantise_linear_layers
 from acestep_ray.models.transformer import ACEStepTransformer, DepthwiseConv
+from acestep_ray.storage import Store, is_url
 from acestep_ray.training.lora import adapter_configs, add_lora, load_lora
 
 AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
@@ -66,6 +67,8 @@ def initial_loras(path: str | None, lora: Mapping) -> dict[str, str]:
     adapters = list(adapter_configs(lora))
     if adapters == [ADAPTER_NAME]:
         return {ADAPTER_NAME: path}
+    if is_url(path):
+        return {name: Store.at(path).url_of(name) for name in adapters}
     return {name: str(find_lora_file(Path(path) / name)) for name in adapters}
 
 

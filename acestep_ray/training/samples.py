@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,36 @@ from acestep_ray.generation.render import decode, starting_noise, write_audio, w
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.storage import Store, upload_folder
 
 SAMPLER = {"steps": 60, "guidance_scale": 15.0, "omega": 10.0}
+
+
+class SampleFolder:
+    """Where a run's samples are written: its own folder, or one on this machine that goes with the run, whose files are
+    copied to object storage.
+
+    MLflow reads them later, from this machine.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if store.is_local:
+            self.path = store.path
+        else:
+            self._temporary = tempfile.TemporaryDirectory(prefix="acestep-ray-")
+            self.path = Path(self._temporary.name)
+
+    def publish(self, name: str) -> None:
+        """Copy the files of a sample to where they belong."""
+        if self._temporary is not None:
+            upload_folder(self.path / name, self._store.child(name))
+
+    def close(self) -> None:
+        """Forget what was only kept for others to read."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
 
 def write_sample(
@@ -34,18 +63,10 @@ def write_sample(
     frames = song.latents.shape[-1]
     if config.plot_seconds is not None:
         frames = latent_frames(int(config.plot_seconds * SAMPLE_RATE))
-    text = song.text_embeddings[0].float()
-    condition = {
-        "text": text[None],
-        "text_mask": torch.ones(1, len(text), dtype=torch.bool),
-        "speaker": song.speaker[None],
-        "lyric_ids": song.lyric_ids[None],
-        "lyric_mask": torch.full((1, len(song.lyric_ids)), song.has_lyrics),
-    }
     latents = sample(
         transformer,
         starting_noise(frames, config.seed).to(device),
-        {name: value.to(device) for name, value in condition.items()},
+        song.condition(device),
         **SAMPLER,
         shift=config.shift,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
 from acestep_ray.cache.decoding import decode_song, file_versions
-from acestep_ray.cache.schema import table_from_bytes, table_to_bytes
+from acestep_ray.cache.schema import has_types, table_from_bytes, table_to_bytes
 from acestep_ray.cache.songs import DecodedSong, FileVersions, Recipe, Reject, Song, encode_lyrics
 from acestep_ray.cache.transport import decoded_table, plain_faults
 from acestep_ray.data.schema import RejectReason
@@ -152,9 +153,19 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
 
 
 def read_songs(folder: Store) -> pa.Table:
-    """The songs that the last scan found usable, sorted by key: `SONG_SCHEMA`, mapped into memory from the file."""
-    with pa.ipc.open_file(pa.memory_map(str(folder.path / SONGS))) as file:
-        return file.read_all()
+    """The songs that the last scan found usable, sorted by key: `SONG_SCHEMA`, mapped into memory from the file.
+
+    Of a folder in object storage from a copy on this machine, which goes with the table.
+    """
+    with contextlib.ExitStack() as stack:
+        path = folder.place_of(SONGS)
+        if not folder.is_local:
+            path = stack.enter_context(tempfile.NamedTemporaryFile(prefix="acestep-ray-")).name
+            folder.download(SONGS, path)
+        with pa.ipc.open_file(pa.memory_map(str(path))) as file:
+            if not has_types(file.schema, SONG_SCHEMA):
+                raise pa.ArrowInvalid(f"{SONGS} has other columns than this version's")
+            return file.read_all()
 
 
 def decode_songs(songs: pa.Table, root: Store, recipe: Recipe) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,6 @@ from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
 from acestep_ray.models.checkpoint import CheckpointDir
-from acestep_ray.models.fingerprints import file_sha256
 from acestep_ray.storage import Store
 from acestep_ray.training.holdout import recordings_of_cache
 from acestep_ray.training.scan import SONGS, read_songs, scan
@@ -103,7 +103,9 @@ def find_songs(
         return Songs(songs.latent_frames, recordings, songs.fingerprint, stream=None)
     stream = scan_for_stream(songs, checkpoint, config, experiment, use_gpu)
     encoders = [checkpoint.fingerprint(part) for part in ("codec", "text_encoder", *checkpoint.ssl_names)]
-    fingerprint = hash_of(encoders, stream.recipe.models, file_sha256(experiment.path / SONGS))
+    fingerprint = hash_of(
+        encoders, stream.recipe.models, hashlib.sha256(experiment.read_bytes(SONGS)).hexdigest()
+    )
     table = read_songs(stream.scan)
     recordings = [json.loads(song)["filename"] for song in table["song"].to_pylist()]
     return Songs(table["latent_frames"].to_numpy(), recordings, fingerprint, stream)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,16 +20,9 @@ from acestep_ray.diffusion.schedule import training_sigmas
 from acestep_ray.errors import AceStepError
 from acestep_ray.export.lora import lora_files
 from acestep_ray.models.flops import Lengths, Trained, model_flops
-from acestep_ray.models.transformer import ACEStepTransformer
-from acestep_ray.storage import Store
-from acestep_ray.tracking import MLflowRun, Tracker
+from acestep_ray.tracking import Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, counter_seed, draw
-from acestep_ray.training.model import (
-    AUTOCAST_DTYPES,
-    build_transformer,
-    is_sharded,
-    share_among_workers,
-)
+from acestep_ray.training.model import AUTOCAST_DTYPES, is_sharded, share_among_workers
 from acestep_ray.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -40,8 +30,10 @@ from acestep_ray.training.optim import (
     set_learning_rate,
     step_if,
 )
+from acestep_ray.training.progress import Progress, Votes
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
-from acestep_ray.training.samples import write_sample
+from acestep_ray.training.samples import SampleFolder, write_sample
+from acestep_ray.training.settings import Report, Say, WorkerPlace, WorkerSettings
 from acestep_ray.training.state import (
     Checkpoints,
     Snapshot,
@@ -53,7 +45,7 @@ from acestep_ray.training.state import (
     take_snapshot,
     trainable_parameters,
 )
-from acestep_ray.training.streaming import CacheSource, SongSource, Stream, StreamSource
+from acestep_ray.training.streaming import CacheSource, SongSource, StreamSource
 from acestep_ray.training.throughput import Throughput, peak_flops, seconds_of
 from acestep_ray.training.validation import (
     FIXED_NOISE,
@@ -65,62 +57,6 @@ from acestep_ray.training.validation import (
 
 # Metrics stay on the device until this many steps are together: reading one waits for the GPU.
 LOG_EVERY = 10
-PROGRESS_SECONDS = 5.0
-
-
-@dataclass
-class WorkerSettings:
-    """What the driver hands to every worker."""
-
-    config: TrainConfig
-    lora: dict | None
-    """Fields of PEFT's `LoraConfig`; None trains the model's own weights."""
-    checkpoints: Store
-    samples: Path | None
-    """None generates none."""
-    log_dir: Path
-    mlflow_run: MLflowRun | None
-    total_steps: int
-    stream: Stream | None = None
-    """The songs, where the run has no feature cache."""
-    held_out: tuple[int, ...] = ()
-    """Songs that are not trained on."""
-
-
-def never() -> bool:
-    """Nobody asks."""
-    return False
-
-
-def nobody() -> None:
-    """Nobody waits."""
-
-
-@dataclass(frozen=True)
-class WorkerPlace:
-    """Which of the run's workers this is, and how it learns of what goes on around it."""
-
-    rank: int
-    workers: int
-    device: torch.device
-    asked_to_stop: Callable[[], bool] = never
-    """Whether the user wants the run to end; looked at in every step."""
-    asked_to_save: Callable[[], bool] = never
-    """Whether this worker's process is about to end; looked at in every step."""
-    saved: Callable[[], None] = nobody
-    """Called when what was asked for is saved."""
-    preempted: Callable[[], bool] = never
-    """Whether a machine of the run is about to go; all workers ask together, now and then."""
-    build: Callable[[TrainConfig, dict | None, torch.device], ACEStepTransformer] = build_transformer
-    """Makes the model; runs of one process may share the base model's weights."""
-    turn: contextlib.AbstractContextManager = field(default_factory=contextlib.nullcontext)
-    """Held while the model is at work: runs of one process share torch's random numbers."""
-
-
-Report = Callable[[dict[str, float], "Store | None"], None]
-"""Takes the metrics of a checkpoint, and on the first worker its place; every worker calls it as often."""
-Say = Callable[[str], None]
-"""Takes a line for the user."""
 
 
 class TrainingDivergedError(AceStepError):
@@ -176,6 +112,7 @@ class Trainer:
 
         self.checkpoints = Checkpoints(settings.checkpoints, keep_last=config.keep_last)
         self.tracker: Tracker | None = None
+        self.samples = None if settings.samples is None else SampleFolder(settings.samples)
         self.unlogged: dict[int, dict[str, Tensor | float]] = {}
         # By step, which songs of each of this worker's micro-batches have a finite loss, (B,) bool.
         self.finite: dict[int, list[Tensor]] = {}
@@ -455,15 +392,17 @@ class Trainer:
 
     def write_sample(self, state: TrainingState) -> None:
         """Generate the first song's prompt and lyrics with the model as it is; a failure is told and ends nothing."""
-        if self.settings.samples is None or (self.rank > 0 and not self.together):
+        if self.samples is None or (self.rank > 0 and not self.together):
             return
-        directory = self.settings.samples / f"step={state.step}"
+        directory = self.samples.path / f"step={state.step}"
         song = self.source.read(0)
         try:
             with self.evaluating(), self.autocast():
                 waveform = write_sample(
                     directory if self.rank == 0 else None, self.transformer, song, self.config, self.device
                 )
+            if self.rank == 0:
+                self.samples.publish(directory.name)
         except (
             Exception
         ) as error:  # memory, disk, a damaged codec: hours of training are worth more than a sample
@@ -510,6 +449,8 @@ class Trainer:
         finally:
             if self.tracker is not None:
                 self.tracker.close()
+            if self.samples is not None:
+                self.samples.close()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision, where it was asked for."""
@@ -538,32 +479,6 @@ def named_losses(losses: SampleLosses, total: Tensor) -> dict[str, Tensor]:
     return {"loss": total, "loss/denoising": losses.denoising, **ssl}
 
 
-class Votes:
-    """What any worker has asked for: to save, and to stop. Read a step later, so that nobody waits for the GPU."""
-
-    def __init__(self):
-        self.before, self.now = torch.zeros(2), torch.zeros(2)
-        self.copied: torch.cuda.Event | None = None
-
-    def put(self, votes: Tensor) -> None:
-        """Note the votes of a step, (2,), of all workers."""
-        if self.copied is not None:
-            self.copied.synchronize()  # of the step before, which is done by now
-        self.before = self.now
-        if votes.is_cuda:
-            self.now = torch.empty(2, pin_memory=True)
-            self.now.copy_(votes, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        else:
-            self.now = votes.clone()
-
-    def take(self) -> tuple[bool, bool]:
-        """Whether somebody wanted to save, or to stop, in the step before; on a single worker, in this one."""
-        save, stop = (self.before if self.copied is not None else self.now).tolist()
-        return save > 0, stop > 0
-
-
 def open_source(settings: WorkerSettings, place: WorkerPlace) -> SongSource:
     """Where this worker's songs come from."""
     if settings.stream is not None:
@@ -582,27 +497,3 @@ def build_plan(latent_frames: np.ndarray, config: TrainConfig, held_out: Sequenc
         held_out=held_out,
         shuffle_every=config.reload_dataloaders_every_n_epochs,
     )
-
-
-class Progress:
-    """Tells how far the run is, now and then."""
-
-    def __init__(self, total: int, say: Say):
-        self.total = total
-        self.say = say
-        self.first = 0
-        self.started = self.shown = 0.0
-
-    def start(self, step: int) -> None:
-        """Count from `step` and now."""
-        self.first, self.started = step, time.monotonic()
-
-    def show(self, step: int, loss: float) -> None:
-        """Say a line, if the last one is some seconds old or this is the end."""
-        now = time.monotonic()
-        if step < self.total and now - self.shown < PROGRESS_SECONDS:
-            return
-        self.shown = now
-        rate = (step - self.first) / max(now - self.started, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / rate)) if rate else "?"
-        self.say(f"step {step}/{self.total} · loss {loss:.4f} · {rate:.2f} steps/s · {left} left")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.ray_runtime import Console
+from acestep_ray.storage import Store, updated_folder
 from acestep_ray.training.launch import fit_interruptibly
 from acestep_ray.tuning.records import Records, TrialRecord
 from acestep_ray.tuning.report import (
@@ -53,7 +56,7 @@ class Search:
     """Settings of its trials' runs."""
     lora: dict[str, Any]
     space: Space
-    folder: Path
+    folder: Store
     records: Records
     total_steps: int
 
@@ -64,7 +67,7 @@ class Search:
         base: TrainConfig,
         lora: dict[str, Any],
         space: Space,
-        folder: Path,
+        folder: Store,
         total_steps: int,
     ) -> Search:
         """With the trials that there are already. Raises InputError for a grace that is longer than a trial."""
@@ -138,8 +141,8 @@ class Search:
             optuna=optuna,
         )
         quieten_tune()
-        shutil.rmtree(self.folder / _RAY_FOLDER, ignore_errors=True)
         console, stopper = Console(), StopWhenAsked()
+        stack = contextlib.ExitStack()
         plan = replace(plan, say=console.say)
         hosts = start_hosts(plan, reserved)
         actor = ray_tune.with_parameters(
@@ -159,7 +162,7 @@ class Search:
                 reuse_actors=True,  # a trial's process has loaded its libraries for the next one
             ),
             run_config=ray_tune.RunConfig(
-                storage_path=str(self.folder),
+                storage_path=stack.enter_context(rays_folder(self.folder)),
                 name=_RAY_FOLDER,
                 stop=stopper,
                 callbacks=[Recorder(self.records, partial(self._ended, runs))],
@@ -175,12 +178,11 @@ class Search:
             stopper.is_asked = True
 
         try:
-            with console:
+            with stack, console:
                 _, interrupted = fit_interruptibly(tuner.fit, stop)
         finally:
             for host in hosts:
                 ray.kill(host)
-        shutil.rmtree(self.folder / _RAY_FOLDER, ignore_errors=True)
         return interrupted
 
     def _ended(self, runs: SearchRuns, record: TrialRecord) -> None:
@@ -189,29 +191,39 @@ class Search:
         error = f": {record.error}" if record.error else ""
         print(f"{record.name} {record.state} at step {record.steps}{loss}{error}", flush=True)
 
-    def write_results(self, runs: SearchRuns, interrupted: bool) -> Path | None:
+    def write_results(self, runs: SearchRuns, interrupted: bool) -> Store | None:
         """Write the table, the report and the winner, and give them to MLflow; returns the winner's folder."""
         for record in self.records:
             if not record.is_over:
                 runs.interrupt_trial(record)
         rows = trial_rows(self.records)
-        if not rows:
-            runs.finish("KILLED", None, self.folder / REPORT)
-            return None
-        write_table(rows, self.folder / TABLE_FILE)
-        write_report(self.folder / REPORT, rows, self.records, self.space.render())
         ranked = self.records.ranked()
         best = ranked[0] if ranked else None
+        winner = self.folder.child(BEST)
         if best is not None:
-            write_best(
-                self.folder / BEST, best, self.records, *apply_params(best.params, self.base, self.lora)
-            )
+            write_best(winner, best, self.records, *apply_params(best.params, self.base, self.lora))
         for record in ranked[:BEST_CHECKPOINTS]:
             checkpoint = self.records.best_checkpoint(record)
             if checkpoint is not None and not interrupted:
                 runs.add_checkpoint(record, checkpoint)
-        runs.finish("KILLED" if interrupted else "FINISHED", best, self.folder / REPORT)
-        return None if best is None else self.folder / BEST
+        with updated_folder(self.folder) as folder:
+            if rows:
+                write_table(rows, folder / TABLE_FILE)
+                write_report(folder / REPORT, rows, self.records, self.space.render())
+            runs.finish("KILLED" if interrupted or not rows else "FINISHED", best, folder / REPORT)
+        return None if best is None else winner
+
+
+@contextlib.contextmanager
+def rays_folder(search: Store) -> Iterator[str]:
+    """A folder for Ray Tune's own book, in that of the search, or of this machine where that is in object storage."""
+    if not search.is_local:
+        with tempfile.TemporaryDirectory(prefix="acestep-ray-") as folder:
+            yield folder
+        return
+    shutil.rmtree(search.path / _RAY_FOLDER, ignore_errors=True)
+    yield search.url
+    shutil.rmtree(search.path / _RAY_FOLDER, ignore_errors=True)
 
 
 def start_hosts(plan: TrialPlan, reserved: Reserved) -> list[ActorHandle]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.ray_runtime import StopSignal, connect
 from acestep_ray.storage import Store
 from acestep_ray.tracking import mlflow_uri
 from acestep_ray.training.checks import check_model, check_train_config
-from acestep_ray.training.experiment import make_folder, only_run, run_identity
+from acestep_ray.training.experiment import make_folder, only_run, read_json, run_identity, write_json
 from acestep_ray.training.holdout import hold_out
 from acestep_ray.training.job import TrainSummary, count_steps, train
 from acestep_ray.training.lora import DEFAULT_LORA, read_lora_config
@@ -40,25 +39,25 @@ def tune(config: TuneConfig) -> TuneSummary:
     Raises InputError before work starts, and KeyboardInterrupt where the user ended it, with what is finished reported.
     """
     started = time.monotonic()
-    folder = Path(config.exp_dir).resolve() / config.exp_name
+    folder = Store.at(config.exp_dir).child(config.exp_name)
     check_tune_config(config)
     space = read_space(config.space, {name: getattr(config, f"search_{name}") for name in DIMENSIONS})
     base, lora = base_settings(config, folder)
     checkpoint = CheckpointDir.open(base.checkpoint_dir)
     check_space(space, base, lora, checkpoint)
-    tracking_uri = mlflow_uri(base.tracking_uri, Path(base.logger_dir))
+    tracking_uri = mlflow_uri(base.tracking_uri, base.logger_dir)
     with_ssl = replace(
         base, ssl_coeff=max(apply_params(p, base, lora)[0].ssl_coeff for p in space.extremes())
     )
     songs = open_songs(with_ssl, checkpoint)
-    log_dir = Path(base.logger_dir).resolve() / base.exp_name
+    log_dir = Store.at(base.logger_dir).child(base.exp_name)
     make_folder(folder, "--exp_dir")
     make_folder(log_dir, "--logger_dir")
     with only_run(folder):
         connect()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         reserved = reserve(config, nodes, streamed=not isinstance(songs, CacheIndex))
-        found = find_songs(songs, checkpoint, with_ssl, Store.at(folder), reserved.use_gpu)
+        found = find_songs(songs, checkpoint, with_ssl, folder, reserved.use_gpu)
         held_out = held_out_songs(found, base)
         total_steps = count_steps(found.latent_frames, base, held_out)
         search = Search.prepare(config, base, lora, space, folder, total_steps)
@@ -126,7 +125,7 @@ def check_tune_config(config: TuneConfig) -> None:
             )
 
 
-def base_settings(config: TuneConfig, folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+def base_settings(config: TuneConfig, folder: Store) -> tuple[TrainConfig, dict[str, Any]]:
     """The settings and the LoRA configuration of every trial, but for what is searched. Raises InputError."""
     given = config.lora_config_path
     lora = dict(DEFAULT_LORA) if given is None else read_lora_config(given)
@@ -145,7 +144,7 @@ def base_settings(config: TuneConfig, folder: Path) -> tuple[TrainConfig, dict[s
             fix="leave out one of them",
         )
     values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    base = TrainConfig(**values | {"lora_config_path": given or str(folder / "lora_config.json")})
+    base = TrainConfig(**values | {"lora_config_path": given or folder.url_of("lora_config.json")})
     return check_train_config(replace(base, devices=config.workers_per_trial)), lora
 
 
@@ -174,20 +173,19 @@ def held_out_songs(found: Songs, base: TrainConfig) -> tuple[int, ...]:
     return tuple(held_out.tolist())
 
 
-def begin_parent(runs: SearchRuns, config: TuneConfig, space: Space, folder: Path) -> None:
+def begin_parent(runs: SearchRuns, config: TuneConfig, space: Space, folder: Store) -> None:
     """Make or go on with the search's MLflow run, noted in its folder."""
-    noted = folder / PARENT_FILE
-    known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    known = read_json(folder, PARENT_FILE) or {}
     run_id = known.get("run_id") if known.get("tracking_uri") == runs.uri else None
     params = {**asdict(config), **{f"space.{name}": text for name, text in space.describe().items()}}
     run_id = runs.begin(params, run_id)
     if run_id is not None:
-        noted.write_text(json.dumps({"tracking_uri": runs.uri, "run_id": run_id}, indent=1), encoding="utf-8")
+        write_json(folder, PARENT_FILE, {"tracking_uri": runs.uri, "run_id": run_id})
 
 
-def retrain(best: Path, config: TuneConfig) -> TrainSummary:
+def retrain(best: Store, config: TuneConfig) -> TrainSummary:
     """Train the winner anew and longer, as an experiment of its own."""
-    values = yaml.safe_load((best / "train.yaml").read_text(encoding="utf-8"))
+    values = load_yaml(best.read_bytes("train.yaml"))
     steps = config.retrain_best
     pace = max(1, steps // VALIDATIONS)
     return train(

@@ -12,6 +12,7 @@ from typing import Any
 
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.storage import Store
+from acestep_ray.training.experiment import CHECKPOINTS, read_json, write_json
 from acestep_ray.training.state import Checkpoints, DamagedCheckpointError, best_step
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 from acestep_ray.tuning.loop import Measured
@@ -62,18 +63,18 @@ class TrialRecord:
 class Records:
     """All trials of a search, in the order in which they were begun."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | Store):
         """Read those of the search in `folder`. Raises InputError for a record that does not read."""
-        self.folder = folder
+        self.folder = Store.at(folder)
         self._trials: dict[str, TrialRecord] = {}
         self._started: dict[str, float] = {}
-        for path in sorted((folder / TRIALS).glob(f"*/{RECORD_FILE}")):
+        for name in self.folder.names(TRIALS, suffix=RECORD_FILE):
             try:
-                record = TrialRecord(**json.loads(path.read_text(encoding="utf-8")))
+                record = TrialRecord(**json.loads(self.folder.read_bytes(name)))
             except (ValueError, TypeError) as error:
                 raise InputError(
                     f"this trial's record does not read ({error})",
-                    where=str(path),
+                    where=self.folder.url_of(name),
                     fix="delete the trial's folder, or use another --exp_name",
                 ) from None
             self._trials[record.name] = record
@@ -96,11 +97,7 @@ class Records:
 
     def write(self, record: TrialRecord) -> None:
         """Write a record down, whole or not at all."""
-        folder = trial_folder(self.folder, record.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{RECORD_FILE}.partial"
-        partial.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-        partial.replace(folder / RECORD_FILE)
+        write_json(trial_folder(self.folder, record.name), RECORD_FILE, asdict(record))
 
     def begin(self, name: str) -> None:
         """Note that a trial is at work from now on."""
@@ -136,7 +133,7 @@ class Records:
 
     def checkpoints(self, record: TrialRecord) -> Checkpoints:
         """A trial's checkpoints."""
-        return Checkpoints(Store.at(trial_folder(self.folder, record.name) / "checkpoints"))
+        return Checkpoints(trial_folder(self.folder, record.name).child(CHECKPOINTS))
 
     def best_checkpoint(self, record: TrialRecord) -> Store | None:
         """The folder of a trial's checkpoint with the lowest validation loss; None where none is whole."""
@@ -180,15 +177,14 @@ class Records:
         self._started[record.name] = now
 
 
-def check_same_search(folder: Path, identity: Mapping[str, Any]) -> None:
+def check_same_search(folder: Store, identity: Mapping[str, Any]) -> None:
     """Raise InputError with the differences where the search in this folder was begun with another space or settings.
 
     Else note what it is begun with.
     """
-    noted = folder / SEARCH_FILE
     identity = json.loads(json.dumps(identity))
-    if noted.exists():
-        before = json.loads(noted.read_text(encoding="utf-8"))
+    before = read_json(folder, SEARCH_FILE)
+    if before is not None:
         changed = [
             f"\n  - {name}: {before.get(name)} → {identity.get(name)}"
             for name in dict.fromkeys([*before, *identity])
@@ -197,10 +193,8 @@ def check_same_search(folder: Path, identity: Mapping[str, Any]) -> None:
         if changed:
             raise InputError(
                 "this search was begun with another space or other settings",
-                where=f"{folder}{''.join(changed)}",
+                where=f"{folder.url}{''.join(changed)}",
                 fix="use another --exp_name, or set them back",
             )
         return
-    partial = folder / f".{SEARCH_FILE}.partial"
-    partial.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(noted)
+    write_json(folder, SEARCH_FILE, identity)

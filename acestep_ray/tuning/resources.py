@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from acestep_ray.config import TuneConfig
 from acestep_ray.errors import InputError
+from acestep_ray.ray_runtime import share_of
 
 # What a trial's own process reserves where its training is done by others.
 HEAD_CPUS = 0.01
@@ -44,6 +45,15 @@ def reserve(config: TuneConfig, nodes: Sequence[Mapping[str, float]], *, streame
 
     Raises InputError for a trial that would wait for ever.
     """
+    place = config.worker_resource
+    if place is not None:
+        nodes = [node if node.get(place) else {} for node in nodes]
+        if not any(nodes):
+            raise InputError(
+                "no node of the cluster has this resource",
+                where=f"--worker_resource {place}",
+                fix="leave it out, or start nodes that have it",
+            )
     for name in ("cpus_per_trial", "workers_per_trial"):
         if getattr(config, name) <= 0:
             raise InputError("must be above 0", where=f"--{name} {getattr(config, name)}")
@@ -65,7 +75,8 @@ def reserve(config: TuneConfig, nodes: Sequence[Mapping[str, float]], *, streame
         hosts = tuple(_hosts(nodes, gpus, config.cpus_per_trial))
         return Reserved(use_gpu, {"cpu": HEAD_CPUS}, sum(host.seats for host in hosts), 0.0, hosts)
     at_once = sum(_fitting(node, gpus, config.cpus_per_trial) for node in nodes)
-    return Reserved(use_gpu, {"cpu": config.cpus_per_trial, "gpu": gpus}, at_once, 0.0)
+    per_trial = {"cpu": config.cpus_per_trial, "gpu": gpus, **share_of(place)}
+    return Reserved(use_gpu, per_trial, at_once, 0.0)
 
 
 def _check_one_process(config: TuneConfig, nodes: Sequence[Mapping[str, float]], gpus: float) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from acestep_ray.errors import InputError
-from acestep_ray.storage import Store
+from acestep_ray.errors import InputError, without_password
+from acestep_ray.storage import Store, fetched
 from acestep_ray.tracking import MLflowRun, end_mlflow_run, environment_tags, start_mlflow_run
-from acestep_ray.tracking.mlflow_run import reason_of, short_requests, without_password
+from acestep_ray.tracking.mlflow_run import reason_of, short_requests
 from acestep_ray.tuning.records import DONE, STOPPED, Records, TrialRecord
 
 EXPERIMENT = "acestep-ray"
@@ -68,8 +68,8 @@ class SearchRuns:
     def add_checkpoint(self, record: TrialRecord, checkpoint: Store) -> None:
         """Upload the files of one of the best checkpoints."""
         if self.parent is not None and record.mlflow_run is not None:
-            name = f"checkpoints/{checkpoint.path.name}"
-            self._upload(MLflowRun(self.uri, record.mlflow_run), checkpoint.path, name)
+            with fetched(checkpoint) as folder:
+                self._upload(MLflowRun(self.uri, record.mlflow_run), folder, f"checkpoints/{checkpoint.name}")
 
     def finish(self, status: str, best: TrialRecord | None, report: Path) -> None:
         """Give the parent the report's files and the winner's loss, and end it."""

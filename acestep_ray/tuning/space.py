@@ -15,6 +15,7 @@ import yaml
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.tuning.distributions import DISTRIBUTIONS, Distribution
 
 TARGET_GROUPS = {
@@ -181,7 +182,7 @@ def read_space(path: str | None, flags: Mapping[str, str | None]) -> Space:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        given = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot read the search space ({reason})", where=f"--space {path}") from None

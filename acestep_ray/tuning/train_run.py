@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -14,9 +15,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from acestep_ray.errors import AceStepError
-from acestep_ray.ray_runtime import StopSignal, beside_driver
+from acestep_ray.ray_runtime import StopSignal, beside_driver, share_of
 from acestep_ray.tracking import MLflowRun
-from acestep_ray.training.launch import run_worker
+from acestep_ray.training.launch import rays_book, run_worker
 from acestep_ray.training.leaving import SavingTorchConfig
 from acestep_ray.tuning.loop import Measured, SteppedLoop
 from acestep_ray.tuning.space import Params
@@ -31,6 +32,8 @@ class TrainRun:
     def __init__(self, plan: TrialPlan, name: str, params: Params, mlflow_run: MLflowRun | None):
         self._settings = trial_settings(plan, name, params, mlflow_run)
         self._mail = beside_driver(_Mail).remote()
+        self._stack = contextlib.ExitStack()
+        storage_path, book = self._stack.enter_context(rays_book(self._settings.checkpoints))
         self._stop = StopSignal()
         self._trainer = TorchTrainer(
             partial(
@@ -43,11 +46,14 @@ class TrainRun:
             scaling_config=ScalingConfig(
                 num_workers=self._settings.config.devices,
                 use_gpu=plan.use_gpu,
-                resources_per_worker=None if plan.use_gpu else {"CPU": plan.worker_cpus},
+                resources_per_worker={
+                    "GPU" if plan.use_gpu else "CPU": plan.worker_cpus,
+                    **share_of(plan.config.worker_resource),
+                },
             ),
             run_config=RunConfig(
-                storage_path=str(self._settings.checkpoints.path.parent),
-                name=self._settings.checkpoints.path.name,
+                storage_path=storage_path,
+                name=book,
                 failure_config=FailureConfig(max_failures=self._settings.config.max_failures),
                 callbacks=[_Forward(self._mail)],
             ),
@@ -69,7 +75,7 @@ class TrainRun:
         self._loop.stop()
 
     def _work(self, report: Callable[[Measured], None]) -> dict[str, Any]:
-        with ThreadPoolExecutor(1) as executor:
+        with self._stack, ThreadPoolExecutor(1) as executor:
             running = executor.submit(self._trainer.fit)
             is_done = False
             while not is_done:

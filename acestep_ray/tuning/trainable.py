@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError, RayTaskError
 
 from acestep_ray.errors import AceStepError
 from acestep_ray.ray_runtime import StopSignal
@@ -22,6 +22,8 @@ NOTHING = {"step": 0, "validation": math.nan}
 """In place of a validation, in a result that says what has happened instead."""
 _SEAT_SECONDS = 0.2
 _INTERRUPTED_SECONDS = 0.5
+# How a call to a host ends whose node is gone.
+_LOST = (ActorDiedError, ActorUnschedulableError)
 
 
 class TrialActor(tune.Trainable):
@@ -129,14 +131,20 @@ class HostedLoop:
 
     def stop(self) -> None:
         """As of a `SteppedLoop`."""
-        with contextlib.suppress(RayActorError):  # a host that is lost runs nothing any more
+        with contextlib.suppress(RayActorError, *_LOST):  # a host that is lost runs nothing any more
             ray.get(self.host.leave.remote(self.name))
 
     def _free_host(
         self, hosts: Sequence[ActorHandle], plan: ray.ObjectRef, params: dict[str, Any], mlflow_run: Any
     ) -> ActorHandle | None:
-        """A host that has begun the trial, any of those with a free seat."""
+        """A host that has begun the trial, any of those with a free seat. Raises RuntimeError where none is left."""
+        lost = 0
         for host in random.sample(hosts, len(hosts)):
-            if ray.get(host.start.remote(plan, self.name, params, mlflow_run)):
-                return host
+            try:
+                if ray.get(host.start.remote(plan, self.name, params, mlflow_run)):
+                    return host
+            except _LOST:
+                lost += 1  # with its node: trials go on with the others
+        if lost == len(hosts):
+            raise RuntimeError("the nodes of all shared base models are lost")
         return None

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.ray_runtime import StopSignal
 from acestep_ray.storage import Store
 from acestep_ray.tracking import MLflowRun
+from acestep_ray.training.experiment import CHECKPOINTS
 from acestep_ray.training.model import build_transformer
+from acestep_ray.training.settings import WorkerPlace, WorkerSettings
 from acestep_ray.training.streaming import Stream
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
-from acestep_ray.training.worker import WorkerPlace, WorkerSettings, train_worker
+from acestep_ray.training.worker import train_worker
 from acestep_ray.tuning.loop import Measured, SteppedLoop, Turns
 from acestep_ray.tuning.space import Params, apply_params
 
@@ -33,9 +34,9 @@ class TrialPlan:
     """Settings of every trial, but what is searched."""
     lora: dict[str, Any]
     """Fields of PEFT's `LoraConfig`, likewise."""
-    folder: Path
+    folder: Store
     """Of the search."""
-    log_dir: Path
+    log_dir: Store
     total_steps: int
     stream: Stream | None
     held_out: tuple[int, ...]
@@ -46,9 +47,9 @@ class TrialPlan:
     """What each worker reserves, of a trial of several without GPUs."""
 
 
-def trial_folder(search: Path, name: str) -> Path:
+def trial_folder(search: Store, name: str) -> Store:
     """Where a trial's checkpoints and record lie."""
-    return search / TRIALS / name
+    return search.child(TRIALS).child(name)
 
 
 def trial_settings(
@@ -59,9 +60,9 @@ def trial_settings(
     return WorkerSettings(
         config=config,
         lora=lora,
-        checkpoints=Store.at(trial_folder(plan.folder, name) / "checkpoints"),
+        checkpoints=trial_folder(plan.folder, name).child(CHECKPOINTS),
         samples=None,
-        log_dir=plan.log_dir / name,
+        log_dir=plan.log_dir.child(name),
         mlflow_run=mlflow_run,
         total_steps=plan.total_steps,
         stream=plan.stream,

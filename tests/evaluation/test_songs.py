@@ -12,7 +12,7 @@ from acestep_ray.cache.index import CacheIndex
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.candidates import find_candidates
 from acestep_ray.evaluation.notes import Notes
-from acestep_ray.evaluation.songs import choose_songs, condition_of, open_cache
+from acestep_ray.evaluation.songs import choose_songs, open_cache
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import FINGERPRINTS
 from acestep_ray.training.holdout import hold_out
@@ -119,7 +119,7 @@ def test_a_cache_of_another_codec_is_refused(settings, checkpoint, tiny_cache, t
 def test_a_song_without_lyrics_has_none_in_its_condition():
     for lyrics in (0, 5):
         song = cached_song("one", lyrics=lyrics)
-        condition = condition_of(song, torch.device("cpu"))
+        condition = song.condition("cpu")
         assert condition["lyric_mask"].any().item() == (lyrics > 0)
         assert condition["lyric_ids"].shape == condition["lyric_mask"].shape == (1, max(lyrics, 1))
         assert torch.equal(condition["text"][0], song.text_embeddings[0].float())

@@ -136,6 +136,15 @@ def test_a_lora_of_somebody_gets_no_card(tmp_path, trained):
     assert summary.files == [LORA_FILE]
 
 
+def test_the_winner_of_a_search_is_a_lora_though_it_has_settings_too(tmp_path, trained):
+    path = write_lora(tmp_path, trained(DEFAULT_LORA), ADAPTER_NAME)
+    (tmp_path / "train.yaml").write_text("max_steps: 1\n")
+    assert exported(tmp_path, tmp_path / "out").files == [LORA_FILE]
+    path.unlink()
+    with pytest.raises(InputError, match="no checkpoint yet"):
+        exported(tmp_path, tmp_path / "other")
+
+
 def test_a_dry_run_says_what_would_be_uploaded_and_uploads_nothing(
     tmp_path, trained, write_run, monkeypatch, capsys
 ):

@@ -5,16 +5,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import ray
-import torch
 
 from acestep_ray.errors import InputError
 from acestep_ray.generation import graph
 from acestep_ray.generation.audio import Sound
-from acestep_ray.generation.graph import Maker, choose_pool
-from acestep_ray.generation.models import ModelChoice
+from acestep_ray.generation.graph import choose_pool, make_each, make_unless_fatal
 from tests.generation.conftest import song
 
-CHOICE = ModelChoice("checkpoint", "transformer", (), "cpu", "32", None)
 SOUND = Sound(np.zeros((2, 4), np.float32), False)
 
 
@@ -32,22 +29,15 @@ class Models:
         return [SOUND] * len(songs)
 
 
-@pytest.fixture
-def maker(monkeypatch) -> Maker:
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    maker = Maker(CHOICE, attempts=None, threads=1)
-    maker.models = Models()
-    return maker
-
-
 def songs(*names: str):
     return [song(name=name) for name in names]
 
 
-def test_a_song_that_fails_fails_alone(maker):
-    made = maker.make(songs("a", "bad", "c"))
+def test_a_song_that_fails_fails_alone():
+    models = Models()
+    made = make_each(models, songs("a", "bad", "c"))
     assert made == [SOUND, "RuntimeError: a kernel failed", SOUND]
-    assert maker.models.asked == [["a", "bad", "c"], ["a"], ["bad"], ["c"]]
+    assert models.asked == [["a", "bad", "c"], ["a"], ["bad"], ["c"]]
 
 
 @pytest.mark.parametrize(
@@ -58,14 +48,15 @@ def test_a_song_that_fails_fails_alone(maker):
         ({"make together": 4, "b": 3}, [["a"]]),
     ],
 )
-def test_songs_whose_process_ended_are_made_apart_and_not_without_end(maker, monkeypatch, attempts, asked):
+def test_songs_whose_process_ended_are_made_apart_and_not_without_end(monkeypatch, attempts, asked):
     @contextmanager
     def counted(actor, stage, names):
         yield attempts.get(stage, max(attempts.get(name, 1) for name in names))
 
     monkeypatch.setattr(graph, "counted", counted)
-    made = maker.make_unless_fatal(songs("a", "b"))
-    assert maker.models.asked == asked
+    models = Models()
+    made = make_unless_fatal(models, None, songs("a", "b"))
+    assert models.asked == asked
     assert made[0] is SOUND
     assert made[1] is SOUND or "has ended its process 3 times" in made[1]
     assert ("b" in attempts) == (made[1] is not SOUND)

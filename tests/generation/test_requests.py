@@ -23,15 +23,15 @@ def batch(config, tmp_path):
         path = tmp_path / "songs.jsonl"
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("\n".join(lines), encoding="utf-8")
-        return songs_of_file(replace(config, batch_path=str(path), **flags), SPEAKER_DIM)
+        return songs_of_file(path, replace(config, **flags), SPEAKER_DIM)
 
     return read
 
 
 def test_flags_make_a_song_for_each_seed(config):
-    (one,) = songs_of_flags(config, SPEAKER_DIM).songs
+    (one,) = songs_of_flags(config, "song", SPEAKER_DIM).songs
     assert (one.name, one.seed, one.frames, one.lyrics) == ("song", 0, 21, "[verse]\nhello there")
-    three = songs_of_flags(replace(config, seed="3,1, 2"), SPEAKER_DIM).songs
+    three = songs_of_flags(replace(config, seed="3,1, 2"), "song", SPEAKER_DIM).songs
     assert [(song.name, song.seed) for song in three] == [
         ("song-seed3", 3),
         ("song-seed1", 1),
@@ -76,12 +76,12 @@ def test_other_seeds_are_refused(value):
 )
 def test_a_wrong_flag_is_named_with_its_value(config, flag, value, told):
     with pytest.raises(InputError, match=told) as raised:
-        songs_of_flags(replace(config, **{flag: value}), SPEAKER_DIM)
+        songs_of_flags(replace(config, **{flag: value}), "song", SPEAKER_DIM)
     assert f"--{flag} {value}" in str(raised.value)
 
 
 def test_a_language_that_is_not_supported_is_detected_and_told_once(config, batch, capsys):
-    request = songs_of_flags(replace(config, language="tlh"), SPEAKER_DIM)
+    request = songs_of_flags(replace(config, language="tlh"), "song", SPEAKER_DIM)
     assert request.songs[0].language is None
     request.show_warnings()
     told = capsys.readouterr().err
@@ -169,9 +169,9 @@ def test_a_file_without_songs_is_refused(config, tmp_path, content):
     path = tmp_path / "songs.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"--batch_path .*songs\.jsonl"):
-        songs_of_file(replace(config, batch_path=str(path)), SPEAKER_DIM)
+        songs_of_file(path, config, SPEAKER_DIM)
     with pytest.raises(InputError, match="cannot read the songs"):
-        songs_of_file(replace(config, batch_path=str(tmp_path)), SPEAKER_DIM)
+        songs_of_file(tmp_path, config, SPEAKER_DIM)
 
 
 @pytest.mark.parametrize("name", ["song", "a/b c", "01. Größe", "日本"])
@@ -203,7 +203,7 @@ def test_names_that_leave_the_folder_or_are_no_files_are_not(name):
 
 
 def test_a_long_line_of_lyrics_is_no_file(config):
-    (made,) = songs_of_flags(replace(config, lyrics="la " * 300), SPEAKER_DIM).songs
+    (made,) = songs_of_flags(replace(config, lyrics="la " * 300), "song", SPEAKER_DIM).songs
     assert made.lyrics == "la " * 300
 
 

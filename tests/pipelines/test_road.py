@@ -91,6 +91,7 @@ def test_the_music_plays_and_has_its_picture(road):
     assert samples.std() > 0.01
     picture = np.asarray(Image.open(output / "music.png").convert("RGB"))
     assert picture.shape[0] > 300
+    assert json.loads((output / "music.json").read_text(encoding="utf-8"))["seed"] == 0
     assert picture.std() > 10
 
 

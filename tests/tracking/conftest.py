@@ -30,6 +30,8 @@ class Server:
         self.times: list[int] = []
         self.files: dict[str, bytes] = {}
         self.refused: list[str] = []
+        self.authorizations: set[str | None] = set()
+        """Of all requests."""
         self.fails = lambda path: False
         """Whether a request of this path is answered with 503."""
         self.answers = threading.Event()
@@ -82,6 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, values: dict, take: Callable[[Server, bytes], None] | None = None) -> None:
         server: Server = self.server.state
+        server.authorizations.add(self.headers["Authorization"])
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         server.answers.wait()
         if server.fails(self.path):

@@ -10,7 +10,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from acestep_ray.errors import InputError
-from acestep_ray.tracking import MLflowRun, end_mlflow_run, start_mlflow_run
+from acestep_ray.tracking import MLflowRun, Tracker, end_mlflow_run, start_mlflow_run
 from acestep_ray.tracking.mlflow_run import short_requests
 
 
@@ -126,3 +126,21 @@ def test_a_password_in_the_address_is_not_told(server, said):
         start_mlflow_run(uri, "experiment", "name", {}, None)
     assert "secret" not in f"{said} {error.value}"
     assert f"127.0.0.1:{server.port}" in said[0]
+
+
+def test_a_password_in_a_setting_is_not_among_the_params(database):
+    run = start_mlflow_run(database, "params", "name", {"tracking_uri": "http://user:secret@host"}, None)
+    assert MlflowClient(database).get_run(run.run_id).data.params == {"tracking_uri": "http://host"}
+
+
+def test_a_token_of_the_environment_goes_with_every_request(server, tmp_path, said, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "of-the-day")
+    start_mlflow_run(server.run.tracking_uri, "experiment", "name", {}, server.run_id, say=said.append)
+    tracker = Tracker(tmp_path, server.run, say=said.append)
+    tracker.log({0: {"loss": 0.0}})
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "a.wav").write_bytes(b"wave")
+    tracker.log_artifacts(tmp_path / "sample", "samples")
+    tracker.close()
+    assert server.files == {"samples/a.wav": b"wave"}
+    assert server.authorizations == {"Bearer of-the-day"}

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +13,6 @@ from mlflow.tracking import MlflowClient
 from acestep_ray.tracking import (
     BUFFER_FILE,
     Tracker,
-    end_mlflow_run,
-    environment_tags,
     metric_queue,
     sender,
     start_mlflow_run,
@@ -293,70 +283,3 @@ def test_files_that_are_left_at_the_end_are_told(server, tmp_path, said):
     tracker.close()
     for name in ("one", "two"):
         assert sum(f"{tmp_path / name} was not uploaded" in line for line in said) == 1
-
-
-@contextlib.contextmanager
-def mlflow_server(folder: Path, database: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """MLflow's own server, its address and the leader of its process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    places = ["--backend-store-uri", database, "--artifacts-destination", f"{folder}/artifacts"]
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *places]
-    # Its jobs take several processes that are not needed here.
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    with open(folder / "server.log", "wb") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=5):
-                break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"MLflow's server did not start:\n{(folder / 'server.log').read_text()}")
-            time.sleep(0.1)
-        yield uri, process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def test_metrics_and_files_reach_the_real_server_through_an_outage(database, tmp_path, said, monkeypatch):
-    request_seconds(monkeypatch, 30)
-    (tmp_path / "sample").mkdir()
-    (tmp_path / "sample" / "a.wav").write_bytes(b"wave")
-    with mlflow_server(tmp_path, database) as (uri, process):
-        run = start_mlflow_run(uri, "served", "name", {"a": 1}, None, tags=environment_tags())
-        tracker = Tracker(tmp_path / "logs", run, say=said.append)
-        client = MlflowClient(uri)
-        log(tracker, 0, 3)
-        until(lambda: len(client.get_metric_history(run.run_id, "loss")) == 3, seconds=60)
-
-        os.killpg(process.pid, signal.SIGSTOP)
-        request_seconds(monkeypatch, 1)
-        log(tracker, 3, 6)
-        tracker.log_artifacts(tmp_path / "sample", "samples/step=3")
-        until(lambda: bool(said))
-        assert start_mlflow_run(uri, "experiment", "name", {"a": 2}, run.run_id, say=said.append) == run
-        request_seconds(monkeypatch, 30)
-        os.killpg(process.pid, signal.SIGCONT)
-        until(lambda: any("answers again" in line for line in said), seconds=60)
-        tracker.close()
-        end_mlflow_run(run, "FINISHED", say=said.append)
-
-        history = client.get_metric_history(run.run_id, "loss")
-        found = client.get_run(run.run_id)
-        assert sorted((metric.step, "loss", metric.value) for metric in history) == points(0, 6)
-        assert [file.path for file in client.list_artifacts(run.run_id, "samples/step=3")] == [
-            "samples/step=3/a.wav"
-        ]
-        assert found.info.status == "FINISHED"
-        assert found.data.tags["version.torch"]
-    assert len(said) == 3

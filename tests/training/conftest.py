@@ -23,8 +23,9 @@ from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.training.lora import DEFAULT_LORA
 from acestep_ray.training.samples import SAMPLER
+from acestep_ray.training.settings import WorkerPlace, WorkerSettings
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints
-from acestep_ray.training.worker import WorkerPlace, WorkerSettings, train_worker
+from acestep_ray.training.worker import train_worker
 from tests.cache.rows import finish
 
 SECONDS = {"alpha": 4.0, "beta": 3.0, "gamma": 6.5}
@@ -121,8 +122,8 @@ def settings_in(directory: Path, config: TrainConfig, **changes) -> WorkerSettin
     values = {
         "lora": {**DEFAULT_LORA, "r": 4, "lora_alpha": 8},
         "checkpoints": Store.at(directory / "checkpoints"),
-        "samples": directory / "samples",
-        "log_dir": directory / "logs",
+        "samples": Store.at(directory / "samples"),
+        "log_dir": Store.at(directory / "logs"),
         "mlflow_run": None,
         "total_steps": config.max_steps,
     }
@@ -170,7 +171,7 @@ def scalars(settings: WorkerSettings, name: str) -> dict[int, float]:
     """What TensorBoard shows of a run's metric, by step; each step is there once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(settings.log_dir)).Reload().Scalars(name)
+    events = EventAccumulator(settings.log_dir.url).Reload().Scalars(name)
     values = {event.step: event.value for event in events}
     assert len(values) == len(events)
     return values

@@ -31,7 +31,7 @@ OF_NO_MATTER = {
     "every_n_train_steps", "every_plot_step", "plot_seconds", "keep_last", "allow_changes", "max_skipped_steps",
     "max_steps", "epochs",  # make a run longer
     "devices", "num_nodes", "accumulate_grad_batches",  # their product matters
-    "min_devices", "max_failures", "cpu_offload", "val_check_interval", "early_stopping_patience",
+    "min_devices", "worker_resource", "max_failures", "cpu_offload", "val_check_interval", "early_stopping_patience",
     "ckpt_path", "init_lora_path",
     "fused",  # the same numbers as far as bfloat16 goes
 }  # fmt: skip

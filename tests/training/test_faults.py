@@ -20,8 +20,8 @@ from acestep_ray.errors import EXIT_INTERRUPTED
 from acestep_ray.storage import Store
 from acestep_ray.training.job import train
 from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.settings import WorkerSettings
 from acestep_ray.training.state import Checkpoints
-from acestep_ray.training.worker import WorkerSettings
 from tests.processes import wait_until, worker_processes
 from tests.training.conftest import assert_same_weights, places_in, settings_in, short_run, train_alone
 

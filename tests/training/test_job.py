@@ -31,8 +31,9 @@ from acestep_ray.training.launch import (
     short_wait_for_lost_nodes,
 )
 from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.settings import WorkerSettings, never
 from acestep_ray.training.state import WEIGHTS_FILE
-from acestep_ray.training.worker import TrainingDivergedError, WorkerSettings, never
+from acestep_ray.training.worker import TrainingDivergedError
 from tests.cache.rows import reject, write_rows
 from tests.training.conftest import (
     assert_close_weights,
@@ -87,7 +88,7 @@ def test_all_weights_are_trained_by_two_workers_and_the_result_makes_music(two_c
     summary = train(base)
     alone = settings_in(tmp_path, replace(base, devices=1, accumulate_grad_batches=2), lora=None)
     assert summary.last_loss == pytest.approx(train_alone(alone)["last"], rel=1e-5)
-    assert summary.result == summary.experiment / "ace_step_transformer"
+    assert summary.result == summary.experiment.path / "ace_step_transformer"
     music = GenerateConfig(
         checkpoint_dir=config.checkpoint_dir,
         output_path=str(tmp_path / "music.wav"),

@@ -18,14 +18,9 @@ from acestep_ray.export.lora import LORA_FILE
 from acestep_ray.storage import StorageError, Store
 from acestep_ray.training import state as state_module
 from acestep_ray.training import worker
+from acestep_ray.training.settings import WorkerPlace, WorkerSettings
 from acestep_ray.training.state import OPTIMIZER_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoints
-from acestep_ray.training.worker import (
-    TrainingDivergedError,
-    WorkerPlace,
-    WorkerSettings,
-    build_plan,
-    train_worker,
-)
+from acestep_ray.training.worker import TrainingDivergedError, build_plan, train_worker
 from tests.training.conftest import (
     SECONDS,
     Killed,
@@ -169,7 +164,7 @@ def test_every_step_is_in_tensorboard_once_also_after_a_resume(settings):
 def test_it_leaves_a_sample_that_plays(settings, precision):
     settings = replace(settings, config=replace(settings.config, precision=precision))
     train_alone(settings)
-    (sample,) = settings.samples.rglob("*.wav")
+    (sample,) = settings.samples.path.rglob("*.wav")
     samples, rate = soundfile.read(sample)
     assert sample.parent.name == "step=6"
     assert rate == 48_000
@@ -188,7 +183,7 @@ def test_a_sample_that_fails_is_told_and_ends_nothing(settings, monkeypatch):
     (warning,) = (line for line in told if "no sample" in line)
     assert "step 6: OutOfMemoryError: CUDA out of memory" in warning
     assert Checkpoints(settings.checkpoints).steps()[-1] == 6
-    assert not list(settings.samples.rglob("*.wav"))
+    assert not list(settings.samples.path.rglob("*.wav"))
 
 
 def test_state_is_plain_json_with_the_step(settings):

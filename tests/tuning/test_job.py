@@ -97,7 +97,7 @@ def runs_of(config: TuneConfig) -> dict[str, dict]:
 
 @pytest.mark.ray
 def test_half_of_the_trials_are_stopped_and_the_winner_has_the_rank_and_rate_of_the_problem(searched):
-    rows = pq.read_table(searched.folder / "trials.parquet").to_pylist()
+    rows = pq.read_table(searched.folder.path / "trials.parquet").to_pylist()
     states = Counter(row["state"] for row in rows)
     assert states[STOPPED] >= 4
     assert states[STOPPED] + states[DONE] == 8
@@ -114,14 +114,14 @@ def test_half_of_the_trials_are_stopped_and_the_winner_has_the_rank_and_rate_of_
 @pytest.mark.ray
 def test_the_winners_settings_train_it_again_to_the_same_loss(searched, tmp_path):
     row = searched.trials[0]
-    values = yaml.safe_load((searched.best / "train.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load(searched.best.read_bytes("train.yaml"))
     found = TrainConfig(**values)
     lora = json.loads(Path(found.lora_config_path).read_text(encoding="utf-8"))
     assert (lora["r"], lora["lora_alpha"], found.learning_rate) == (32, 64, row["learning_rate"])
     settings = settings_in(tmp_path, found, lora=lora, samples=None, held_out=held_out_of(searched, found))
     losses = train_alone(settings)
     assert losses["validation"][str(row["best_step"])] == pytest.approx(row["validation"], rel=1e-5)
-    written = (searched.best / "pytorch_lora_weights.safetensors").read_bytes()
+    written = searched.best.read_bytes("pytorch_lora_weights.safetensors")
     repeated = settings.checkpoints.child(f"step={row['best_step']}")
     assert len(written) == len(repeated.read_bytes("pytorch_lora_weights.safetensors"))
 
@@ -252,7 +252,7 @@ def test_a_trial_may_be_a_run_of_two_workers(two_cpus, config):
     summary = tune(two)
     assert [row["learning_rate"] for row in summary.trials] == [1e-2, 1e-4]
     assert summary.trials[0]["steps"] == 4
-    assert (summary.best / "pytorch_lora_weights.safetensors").exists()
+    assert summary.best.status("pytorch_lora_weights.safetensors") is not None
 
 
 @pytest.mark.ray

@@ -36,6 +36,17 @@ def test_as_many_trials_run_at_a_time_as_fit(nodes, values, at_once, per_trial):
     assert reserved.use_gpu == (per_trial["gpu"] > 0)
 
 
+def test_trials_lie_on_the_nodes_with_the_resource_that_was_asked_for():
+    nodes = [{"CPU": 4.0, "cpu_node": 1.0}, {"CPU": 2.0, "gpu_node": 1.0}]
+    reserved = reserve(config(worker_resource="gpu_node"), nodes, streamed=False)
+    assert reserved.at_once == 2
+    assert 0 < reserved.per_trial["gpu_node"] < 0.01
+    (host,) = reserve(config(worker_resource="gpu_node", share_base=True), nodes, streamed=False).hosts
+    assert host.node == 1
+    with pytest.raises(InputError, match=r"no node(?s:.*)--worker_resource tpu_node"):
+        reserve(config(worker_resource="tpu_node"), nodes, streamed=False)
+
+
 def test_a_shared_base_is_one_a_gpu_with_a_seat_for_every_share():
     reserved = reserve(config(share_base=True, gpus_per_trial=0.125), CLUSTER, streamed=False)
     assert [(host.node, host.gpus, host.seats) for host in reserved.hosts] == [(0, 1, 8)] * 4 + [

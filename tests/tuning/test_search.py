@@ -11,6 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from acestep_ray.errors import InputError
+from acestep_ray.storage import Store
 from acestep_ray.tuning.records import (
     DONE,
     FAILED,
@@ -220,10 +221,10 @@ def test_a_trial_that_goes_on_from_its_checkpoint_replaces_what_it_had_reported_
 
 
 def test_a_search_is_gone_on_with_only_as_it_was_begun(tmp_path):
-    check_same_search(tmp_path, {"space": {"rank": "log2int(4, 8)"}, "--max_steps": 8})
-    check_same_search(tmp_path, {"space": {"rank": "log2int(4, 8)"}, "--max_steps": 8})
+    check_same_search(Store.at(tmp_path), {"space": {"rank": "log2int(4, 8)"}, "--max_steps": 8})
+    check_same_search(Store.at(tmp_path), {"space": {"rank": "log2int(4, 8)"}, "--max_steps": 8})
     with pytest.raises(InputError, match=r"another space(?s:.*)log2int\(4, 8\)(?s:.*)log2int\(4, 16\)"):
-        check_same_search(tmp_path, {"space": {"rank": "log2int(4, 16)"}, "--max_steps": 8})
+        check_same_search(Store.at(tmp_path), {"space": {"rank": "log2int(4, 16)"}, "--max_steps": 8})
 
 
 def test_a_damaged_record_is_named(tmp_path):

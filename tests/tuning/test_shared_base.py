@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from acestep_ray.config import TrainConfig
+from acestep_ray.storage import Store
 from acestep_ray.training.lora import DEFAULT_LORA
 from acestep_ray.training.model import build_transformer
 from acestep_ray.training.state import OPTIMIZER_FILE, WEIGHTS_FILE, Checkpoints
@@ -50,8 +51,8 @@ def plan(checkpoint, problem, tmp_path):
     return TrialPlan(
         config=config,
         lora=dict(DEFAULT_LORA),
-        folder=tmp_path / "search",
-        log_dir=tmp_path / "logs",
+        folder=Store.at(tmp_path / "search"),
+        log_dir=Store.at(tmp_path / "logs"),
         total_steps=4,
         stream=None,
         held_out=(0, 5),
@@ -75,7 +76,7 @@ def files_of(plan: TrialPlan, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_trials_on_a_shared_base_are_those_with_a_model_each_bit_for_bit(plan, tmp_path):
-    apart = replace(plan, folder=tmp_path / "apart", log_dir=tmp_path / "logs-apart")
+    apart = replace(plan, folder=Store.at(tmp_path / "apart"), log_dir=Store.at(tmp_path / "logs-apart"))
     expected = {name: run_alone(apart, name) for name in TRIALS}
     host = SharedBaseHost(seats=3)
     assert all(host.start(plan, name, params, None) for name, params in TRIALS.items())
