@@ -199,7 +199,7 @@ def note_music(song: MadeSong, made: GenerateConfig) -> None:
         "omega": made.omega,
     }
     text = json.dumps(made_from, ensure_ascii=False, indent=1) + "\n"
-    song.audio.with_suffix(".json").write_text(text, encoding="utf-8")
+    song.audio.path.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
 def next_command(config: QuickstartConfig, made: GenerateConfig) -> str:

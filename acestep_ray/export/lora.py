@@ -85,13 +85,22 @@ def merge_loras(model: nn.Module, loras: Sequence[tuple[str | Path, float]]) -> 
     Nothing is changed before all were found to fit. Raises InputError for a file that is no LoRA, or is one for another
     model.
     """
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    changes: dict[str, list[tuple[LoraUpdate, float]]] = {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    read = []
     for path, strength in loras:
         path = find_lora_file(path)
         updates = read_lora(path)
         check_lora_fits(updates, shapes, path)
+        read.append((updates, strength))
+    merge_updates(model, read)
+
+
+@torch.no_grad()
+def merge_updates(model: nn.Module, loras: Iterable[tuple[Mapping[str, LoraUpdate], float]]) -> None:
+    """As `merge_loras`, of LoRAs that are read already and fit."""
+    parameters = dict(model.named_parameters())
+    changes: dict[str, list[tuple[LoraUpdate, float]]] = {}
+    for updates, strength in loras:
         for name, update in updates.items():
             changes.setdefault(f"{name}.weight", []).append((update, strength))
     for name, given in changes.items():

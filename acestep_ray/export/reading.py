@@ -7,6 +7,7 @@ before anything is done with it; pickles are never opened.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -88,6 +89,18 @@ class LoraUpdate:
         if self.magnitude is None:
             return changed
         return changed * (self.magnitude.to(weight.device) / changed.norm(dim=1))[:, None]
+
+
+def sha256_of(updates: Mapping[str, LoraUpdate]) -> str:
+    """SHA-256, in hex, over what a LoRA changes, whatever file it came from."""
+    digest = hashlib.sha256()
+    for name, update in sorted(updates.items()):
+        for part in ("a", "b", "magnitude"):
+            tensor = getattr(update, part)
+            if tensor is not None:
+                digest.update(f"{name} {part} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
+import posixpath
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acestep_ray.config import GenerateConfig
 from acestep_ray.errors import InputError
-from acestep_ray.generation.audio import SUBTYPES, write_audio
+from acestep_ray.generation.audio import SUBTYPES, Sound, audio_bytes
 from acestep_ray.generation.models import MusicModels, choose_models
 from acestep_ray.generation.render import write_mel_picture
 from acestep_ray.generation.requests import songs_of_flags
-from acestep_ray.generation.song import together
+from acestep_ray.generation.song import Song, together
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE
+from acestep_ray.storage import StoredFile
 
 if TYPE_CHECKING:
     from acestep_ray.generation.batch import BatchSummary
@@ -30,8 +32,8 @@ _FLAGS_OF_BATCHES = ("output_dir", "format", "workers")
 class MadeSong:
     """A song that was written."""
 
-    audio: Path
-    picture: Path
+    audio: StoredFile
+    picture: StoredFile
     seconds: float
     """Length of the audio."""
 
@@ -66,22 +68,31 @@ def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
         return generate_batch(config)
     output = check_output(config)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
-    request = songs_of_flags(config, output.stem, checkpoint.transformer_config.speaker_embedding_dim)
+    request = songs_of_flags(
+        config, posixpath.splitext(output.name)[0], checkpoint.transformer_config.speaker_embedding_dim
+    )
     choice = choose_models(config, checkpoint)
     request.show_warnings()
     models = MusicModels.load(choice)
     made = []
     for group in together(request.songs, config.batch_size):
         for song, sound in zip(group, models.make(group, _show_step(config.infer_steps)), strict=True):
-            path = output.with_name(f"{song.name}{output.suffix}")
-            write_audio(path, sound.waveform)
-            picture = path.with_suffix(".png")
-            write_mel_picture(picture, sound.waveform, song.prompt[:80] or path.stem)
-            made.append(MadeSong(path, picture, sound.waveform.shape[-1] / SAMPLE_RATE))
+            made.append(write_song(output, song, sound))
     return GenerateSummary(made, time.monotonic() - started)
 
 
-def check_output(config: GenerateConfig) -> Path:
+def write_song(output: StoredFile, song: Song, sound: Sound) -> MadeSong:
+    """Write a song and its picture beside `output`, in its format."""
+    audio = StoredFile(output.store, f"{song.name}{posixpath.splitext(output.name)[1]}")
+    picture = StoredFile(output.store, f"{song.name}.png")
+    content = io.BytesIO()
+    write_mel_picture(content, sound.waveform, song.prompt[:80] or song.name)
+    output.store.write_bytes(audio.name, audio_bytes(sound.waveform, output.suffix.removeprefix(".")))
+    output.store.write_bytes(picture.name, content.getvalue())
+    return MadeSong(audio, picture, sound.waveform.shape[-1] / SAMPLE_RATE)
+
+
+def check_output(config: GenerateConfig) -> StoredFile:
     """The audio file to write. Raises InputError where the flags do not name one that can be written."""
     if config.output_path is None:
         raise InputError(
@@ -92,21 +103,25 @@ def check_output(config: GenerateConfig) -> Path:
     for name in _FLAGS_OF_BATCHES:
         if getattr(config, name) is not None:
             raise InputError("this goes with --batch_path only", where=f"--{name} {getattr(config, name)}")
-    path, where = Path(config.output_path), f"--output_path {config.output_path}"
-    suffix = path.suffix.lower()
+    output, where = StoredFile.at(config.output_path), f"--output_path {config.output_path}"
+    suffix = output.suffix.lower()
     if suffix.removeprefix(".") not in SUBTYPES:
         raise InputError(
             f"cannot write `{suffix or 'no suffix'}`",
             where=where,
             fix=f"use one of {', '.join(f'.{format}' for format in SUBTYPES)}",
         )
+    output.store.check_writable()
+    path = output.local_path
+    if path is None:
+        return output
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write here ({error})", where=where) from None
     if not os.access(path.parent, os.W_OK) or path.is_dir():
         raise InputError("cannot write here", where=where)
-    return path
+    return output
 
 
 def _show_step(total: int) -> Callable[[int], None]:

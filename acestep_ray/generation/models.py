@@ -17,8 +17,9 @@ from acestep_ray.data.prompts import prompt_variants
 from acestep_ray.device import check_device_name, resolve_device
 from acestep_ray.diffusion.sampler import sample
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.export.lora import check_lora_fits, merge_loras
+from acestep_ray.export.lora import check_lora_fits, merge_updates
 from acestep_ray.export.merge import read_strengths
+from acestep_ray.export.reading import LoraUpdate
 from acestep_ray.generation.audio import Sound
 from acestep_ray.generation.render import decode, decoding_bytes, free_bytes, starting_noise
 from acestep_ray.generation.song import Song
@@ -40,8 +41,8 @@ class ModelChoice:
     checkpoint_dir: str
     transformer_path: str
     """Folder of the transformer, the checkpoint's own or a fine-tuned one."""
-    loras: tuple[tuple[str, float], ...]
-    """LoRA files, each with its strength."""
+    loras: tuple[tuple[dict[str, LoraUpdate], float], ...]
+    """What each LoRA changes, and its strength; not its file, which lies on the driver's machine or in a copy there."""
     device: str
     precision: str
     overlapped: bool | None
@@ -72,7 +73,7 @@ def choose_models(config: GenerateConfig, checkpoint: CheckpointDir) -> ModelCho
         # Workers on other nodes have another working directory.
         checkpoint_dir=str(checkpoint.path.absolute()),
         transformer_path=str(transformer.absolute()),
-        loras=tuple((str(lora.path.absolute()), lora.weight) for lora in loras),
+        loras=tuple((lora.updates, lora.weight) for lora in loras),
         device=config.device,
         precision=config.precision,
         overlapped=config.overlapped_decode,
@@ -105,7 +106,7 @@ class MusicModels:
         device = resolve_device(choice.device)
         checkpoint = CheckpointDir.open(choice.checkpoint_dir)
         transformer = checkpoint.load_transformer(device=device, directory=choice.transformer_path)
-        merge_loras(transformer, choice.loras)
+        merge_updates(transformer, choice.loras)
         transformer.requires_grad_(False).eval()
         bfloat16 = is_bfloat16(choice.precision, on_gpu=device.type == "cuda")
         if bfloat16:

@@ -36,6 +36,7 @@ class Recipe:
     def of(cls, choice: ModelChoice, checkpoint: CheckpointDir, format: str) -> Recipe:
         """The recipe of these models, whose files are read unless an earlier run has noted what they hold."""
         from acestep_ray.data.lyrics import LyricTokenizer
+        from acestep_ray.export.reading import sha256_of
         from acestep_ray.models.fingerprints import noted_sha256
         from acestep_ray.models.weights import weight_files
 
@@ -45,7 +46,7 @@ class Recipe:
             "transformer": hash_of(checkpoint.transformer_config.to_dict(), transformer),
             **{part: checkpoint.fingerprint(part) for part in parts},
             "lyric_tokenizer": LyricTokenizer.from_file(checkpoint.lyric_vocab_path()).fingerprint,
-            "loras": [[noted_sha256(Path(path)), weight] for path, weight in choice.loras],
+            "loras": [[sha256_of(updates), weight] for updates, weight in choice.loras],
         }
         return cls(models, choice.precision, choice.overlapped, format)
 

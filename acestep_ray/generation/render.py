@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import psutil
@@ -47,7 +48,7 @@ def decode(codec: MusicCodec, latents: Tensor, *, overlapped: bool = False) -> n
         return to_sound(latents.float())[0].clamp(-1, 1).cpu().numpy()
 
 
-def write_mel_picture(path: Path, waveform: np.ndarray, title: str) -> None:
+def write_mel_picture(file: Path | IO[bytes], waveform: np.ndarray, title: str) -> None:
     """A PNG of the log-mel spectrogram of (2, samples) at 48 kHz, both channels' mean."""
     from matplotlib.figure import Figure
     from torchaudio.transforms import MelSpectrogram
@@ -65,4 +66,4 @@ def write_mel_picture(path: Path, waveform: np.ndarray, title: str) -> None:
     image = axes.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 128), cmap="magma")
     axes.set(title=title, xlabel="seconds", ylabel="mel band, 40 Hz to 16 kHz")
     figure.colorbar(image, label="log10 magnitude")
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, format="png", dpi=120)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,22 +20,29 @@ def read(path: Path) -> np.ndarray:
 def test_a_song_and_its_picture_are_written(config, tmp_path):
     summary = generate(replace(config, output_path=str(tmp_path / "new/a.b.flac")))
     (made,) = summary.songs
-    assert made.audio == tmp_path / "new/a.b.flac"
+    assert made.audio.path == tmp_path / "new/a.b.flac"
     assert made.picture.read_bytes().startswith(b"\x89PNG")
     assert made.picture.name == "a.b.png"
-    assert soundfile.info(made.audio).duration == made.seconds == pytest.approx(2.0, abs=0.1)
+    assert soundfile.info(made.audio.path).duration == made.seconds == pytest.approx(2.0, abs=0.1)
     assert str(made.audio) in summary.render()
-    assert sorted(path.name for path in made.audio.parent.iterdir()) == ["a.b.flac", "a.b.png"]
+    assert sorted(path.name for path in made.audio.path.parent.iterdir()) == ["a.b.flac", "a.b.png"]
+
+
+def test_a_song_is_written_to_object_storage(config, s3):
+    (made,) = generate(replace(config, output_path=s3.url("songs/one.mp3"))).songs
+    assert made.audio.url == s3.url("songs/one.mp3")
+    assert soundfile.info(io.BytesIO(made.audio.read_bytes())).format == "MP3"
+    assert made.picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_seed_gives_the_same_song_alone_in_a_list_and_in_a_batch(config, tmp_path):
     listed = generate(replace(config, seed="1,2,3", batch_size=2)).songs
     assert [made.audio.name for made in listed] == ["song-seed1.wav", "song-seed2.wav", "song-seed3.wav"]
-    alone = generate(replace(config, seed=2)).songs[0].audio
+    alone = generate(replace(config, seed=2)).songs[0].audio.path
     assert alone.name == "song.wav"
     first = read(alone)
-    assert np.abs(first - read(listed[1].audio)).max() <= 1
-    assert np.abs(first - read(listed[0].audio)).max() > 100
+    assert np.abs(first - read(listed[1].audio.path)).max() <= 1
+    assert np.abs(first - read(listed[0].audio.path)).max() > 100
     generate(replace(config, seed=[2]))
     assert np.array_equal(first, read(alone))
 

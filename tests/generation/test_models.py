@@ -14,7 +14,9 @@ from acestep_ray.export.merge import merge
 from acestep_ray.export.reading import LoraUpdate
 from acestep_ray.generation import models as models_module
 from acestep_ray.generation.models import MusicModels, choose_models, joined
+from acestep_ray.generation.records import Recipe
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.storage import Store
 from tests.generation.conftest import song
 
 
@@ -59,6 +61,16 @@ def test_several_loras_with_weights_are_what_merge_makes_of_them(config, checkpo
         torch.testing.assert_close(loaded[name], merged[name])
     changed = "transformer_blocks.0.attn.to_q.weight"
     assert not torch.equal(merged[changed], checkpoint.load_transformer().state_dict()[changed])
+
+
+def test_a_lora_in_object_storage_is_the_lora_of_this_machine(config, checkpoint, loras, s3):
+    store = Store.at(s3.url("loras"))
+    store.write_bytes("one.safetensors", loras[0].read_bytes())
+    here = choose_models(replace(config, lora_path=str(loras[0])), checkpoint)
+    there = choose_models(replace(config, lora_path=f"{store.url}/one.safetensors"), checkpoint)
+    assert Recipe.of(there, checkpoint, "wav") == Recipe.of(here, checkpoint, "wav")
+    loaded, expected = (MusicModels.load(choice).transformer.state_dict() for choice in (there, here))
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 def test_a_lora_of_another_model_is_refused_with_both_sizes(config, checkpoint, tmp_path):
