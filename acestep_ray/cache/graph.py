@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -136,10 +136,9 @@ class Graph:
             **_BY_BLOCK,
         )
         nodes = nodes_with(self.decode_resource, "--decode_resource")
-        most_cpus = max(node["Resources"].get("CPU", 0) for node in nodes)
         return dataset.map_batches(
             partial(_decode, attempts=self.attempts, **shared),
-            num_cpus=_DECODE_CPUS if most_cpus >= _FEW_CPUS else _DECODE_CPUS_OF_FEW,
+            num_cpus=decode_cpus([node["Resources"] for node in nodes]),
             compute=TaskPoolStrategy(size=self.decode_workers),
             resources=share_of(self.decode_resource),
             **_BY_BLOCK,
@@ -155,9 +154,8 @@ class Graph:
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
                 resources=share_of(pool.resource),
-                # Ray Data's default. Said here, it also keeps decoding a stage of its own: stages whose arguments are
-                # equal become one.
-                max_restarts=-1,
+                # A byte, as a difference to decoding: Ray Data makes one stage of two that reserve the same.
+                memory=1,
                 **_BY_BLOCK,
             )
         return dataset.map_batches(
@@ -180,6 +178,12 @@ class Graph:
             names.append(f"{INCOMING}/songs/{len(names):06d}.json")
             self.cache.write_bytes(names[-1], json.dumps([asdict(song) for song in some]).encode())
         return names
+
+
+def decode_cpus(nodes: Sequence[Mapping[str, float]]) -> float:
+    """What decoding a song reserves on these nodes, given the resources of each; it has to fit beside an encoder."""
+    most = max(node.get("CPU", 0) for node in nodes)
+    return _DECODE_CPUS if most >= _FEW_CPUS else _DECODE_CPUS_OF_FEW
 
 
 def _plan(batch: pa.Table, cache: Store, root: Store, recipe: Recipe, budget: float) -> Iterator[pa.Table]:

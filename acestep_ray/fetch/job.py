@@ -281,7 +281,7 @@ def _download_all(
         thread.start()
     try:
         for _ in files:
-            error = ended.get()
+            error = _taken(ended)
             if error is not None:
                 raise error
     finally:
@@ -289,3 +289,13 @@ def _download_all(
         for thread in threads:
             thread.join(timeout=1.0)
         progress.end()
+
+
+def _taken(ended: queue.SimpleQueue[BaseException | None]) -> BaseException | None:
+    """The next item, however long it takes."""
+    while True:
+        try:
+            # A Ctrl-C that comes as a wait begins is seen at its end.
+            return ended.get(timeout=1.0)
+        except queue.Empty:
+            continue

@@ -167,7 +167,7 @@ class LocalCluster:
         """`environment` is added to that of every node."""
         self.settings = nodes
         self.nodes: dict[str, LocalNode] = {}
-        self.folder = Path(tempfile.mkdtemp(prefix="acestep-ray-"))  # short: sockets have long names
+        self.folder = Path(tempfile.mkdtemp(prefix="acestep-nodes-"))  # short: sockets have long names
         self.id = self.folder.name.rpartition("-")[2]
         self.token = secrets.token_hex(32)
         token_file = self.folder / "token"

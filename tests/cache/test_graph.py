@@ -168,3 +168,20 @@ def test_after_a_death_the_songs_of_a_batch_are_encoded_one_by_one(song_folder, 
         ray.get(attempts.begin.remote("encode latents", ["b"]))
     with pytest.raises(RuntimeError, match="3 times"):
         stage(as_one_row(table), keep_wave=False)
+
+
+@pytest.mark.ray
+def test_decoding_stays_a_stage_of_its_own_beside_encoders_that_reserve_as_much(two_cpus, tmp_path, capsys):
+    cpus = graph.decode_cpus([{"CPU": 2}])
+    stages = graph.Graph(
+        root=Store.at(tmp_path),
+        cache=Store.at(tmp_path / "cache"),
+        checkpoint_dir="",
+        recipe=RECIPE,
+        pools=[graph.EncoderPool(("latents",), "cpu", 1, cpus, 0)],
+        batch_frames=100,
+        decode_workers=None,
+    )
+    with graph.DataContext.current(stages.context()):
+        stages._stored(stages.decoded([song()], 1), 1).explain()
+    assert "MapBatches(_decode)->MapBatches(_Encode)" not in capsys.readouterr().out.replace(" ", "")

@@ -15,7 +15,7 @@ import torch
 
 from acestep_ray.cache import parts as parts_module
 from acestep_ray.cache.encoding import Encoder
-from acestep_ray.cache.graph import EncoderPool
+from acestep_ray.cache.graph import EncoderPool, decode_cpus
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.cache.precompute import (
     PrecomputeSummary,
@@ -371,6 +371,17 @@ def test_separate_encoders_have_resources_of_their_own(monkeypatch, config, chec
         (("text",), "cpu", 2, 0),
         (("ssl",), "cuda", 2, 0.45),
     ]
+
+
+@pytest.mark.parametrize("nodes", [[1], [2], [3], [1] * 4, [2] * 2, [3] * 2, [4, 4], [64, 8], [1, 16]])
+def test_decoding_finds_a_place_beside_encoders_of_which_no_two_lie_on_a_small_node(
+    monkeypatch, config, checkpoint, nodes
+):
+    nodes = [{"CPU": cores} for cores in nodes]
+    (pool,) = pools(monkeypatch, config, checkpoint, nodes)
+    assert pool.num_cpus + decode_cpus(nodes) <= max(node["CPU"] for node in nodes)
+    if len({node["CPU"] for node in nodes}) == 1:  # of which one may be lost
+        assert 2 * pool.num_cpus > nodes[0]["CPU"]
 
 
 def test_encoders_lie_on_the_nodes_with_the_resource_that_was_asked_for(monkeypatch, config, checkpoint):

@@ -116,6 +116,7 @@ def test_training_goes_on_with_a_password_that_is_not_taken_any_more(
     assert logged(run) == points(0, 4)
 
 
+@pytest.mark.faults
 def test_a_server_that_hangs_is_told_and_gets_what_it_has_missed(server, tmp_path, sample, said, monkeypatch):
     run = start_mlflow_run(server.uri, "hangs", "name", {"a": 1}, None)
     tracker = Tracker(tmp_path / "logs", run, say=said.append)

@@ -46,6 +46,7 @@ def scalars(place: Store, name: str) -> dict[int, float]:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_run_in_object_storage_goes_on_from_there_with_nothing_on_this_machine(two_cpus, config, tmp_path):
     before = sorted(path.name for path in tmp_path.rglob("*"))
     first = train(config)

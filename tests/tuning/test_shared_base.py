@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from safetensors.torch import load_file
 
 from acestep_ray.config import TrainConfig
@@ -15,11 +16,37 @@ from acestep_ray.storage import Store
 from acestep_ray.training.lora import DEFAULT_LORA
 from acestep_ray.training.model import build_transformer
 from acestep_ray.training.state import OPTIMIZER_FILE, WEIGHTS_FILE, Checkpoints
+from acestep_ray.tuning import trainable
 from acestep_ray.tuning.loop import Turns
 from acestep_ray.tuning.shared_base import SharedBase, SharedBaseHost
 from acestep_ray.tuning.trial import TrialPlan, start_loop, trial_settings
 
 CPU = torch.device("cpu")
+
+
+class HostStandIn:
+    """The handle of a host, whose call of `start` gives or raises this."""
+
+    def __init__(self, answer: bool | Exception):
+        self.answer = answer
+        self.start = SimpleNamespace(remote=lambda *_: self)
+
+
+def test_a_trial_takes_the_host_that_is_left_when_others_are_lost_with_their_nodes(monkeypatch):
+    def answer_of(host: HostStandIn) -> bool:
+        if isinstance(host.answer, Exception):
+            raise host.answer
+        return host.answer
+
+    monkeypatch.setattr(trainable.ray, "get", answer_of)
+    monkeypatch.setattr(trainable.random, "sample", lambda hosts, _: hosts)
+    lost = [HostStandIn(ActorDiedError()), HostStandIn(ActorUnschedulableError("its node is gone"))]
+    left = HostStandIn(True)
+    assert trainable.HostedLoop(None, [*lost, left], "trial-0000", {}, None).host is left
+    with pytest.raises(RuntimeError, match="all shared base models are lost"):
+        trainable.HostedLoop(None, lost, "trial-0000", {}, None)
+
+
 TRIALS = {
     "low": {
         "rank": 4,
