@@ -85,7 +85,7 @@ def test_a_batch_makes_every_song_that_can_be_made_and_a_rerun_only_what_is_miss
     ]
     for row, summary in zip((found[1], found[3]), alone, strict=True):
         made, _ = soundfile.read(tmp_path / "out" / row["file"], dtype="int16")
-        wanted, _ = soundfile.read(summary.songs[0].audio, dtype="int16")
+        wanted, _ = soundfile.read(summary.songs[0].audio.path, dtype="int16")
         assert np.abs(made.astype(int) - wanted).max() <= 1
         assert row["seconds"] == len(made) / 48_000
 

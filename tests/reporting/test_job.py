@@ -202,7 +202,8 @@ def _make_mlflow_run(uri: str, run) -> None:
 
 def test_a_quickstarts_folder_gives_its_music_and_its_run(tmp_path, write_run, write_sound):
     write_run()
-    made = MadeSong(write_sound(tmp_path / "music.wav"), tmp_path / "music.png", seconds=2.5)
+    music, picture = write_sound(tmp_path / "music.wav"), tmp_path / "music.png"
+    made = MadeSong(StoredFile.at(music), StoredFile.at(picture), seconds=2.5)
     note_music(made, GenerateConfig("checkpoint", prompt="calm, harp", lyrics="[verse]\nsing & play", seed=7))
     summary = report(str(tmp_path), str(tmp_path / "elsewhere" / "page.html"))
     page = Path(summary.page).read_text(encoding="utf-8")
