@@ -25,7 +25,7 @@ from acestep_ray.reporting.run import read_run
 from acestep_ray.reporting.run_page import find_warnings, state_of
 from acestep_ray.reporting.samples import find_vocabulary, lyrics_text, spread
 from acestep_ray.reporting.sections import add_settings
-from acestep_ray.storage import Store, upload_folder
+from acestep_ray.storage import Store, StoredFile, upload_folder
 from acestep_ray.tracking import MLflowRun, Tracker
 from acestep_ray.training.experiment import only_run
 from acestep_ray.training.scan import SONGS
