@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 from acestep_ray.models import block_kernels as kernels
+from acestep_ray.models.linear_attention_kernels import linear_attention, linear_attention_backward
 from acestep_ray.models.projection import (
     Projection,
     Refresh,
@@ -27,6 +28,7 @@ from acestep_ray.models.projection import (
     empty_with_room,
     project_together,
 )
+from acestep_ray.models.rotary_kernels import rotary
 from acestep_ray.models.transformer import (
     NORM_EPS,
     ACEStepTransformer,
@@ -129,14 +131,14 @@ class _Rotary(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cos, sin, valid)
         ctx.heads, ctx.room = heads, room
-        return kernels.rotary(x, torch.empty_like(x), cos, sin, heads)
+        return rotary(x, torch.empty_like(x), cos, sin, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, valid = ctx.saved_tensors
         out = empty_with_room(grad.shape, ctx.room, grad)
-        grad = kernels.rotary(grad.contiguous(), out, cos, sin, ctx.heads, backward=True, valid=valid)
+        grad = rotary(grad.contiguous(), out, cos, sin, ctx.heads, backward=True, valid=valid)
         return grad, None, None, None, None, None
 
 
@@ -148,9 +150,9 @@ class _LinearAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, heads: int, qkv_room: int, room: int
     ) -> Tensor:
         rows = qkv.flatten(0, 1)
-        kernels.rotary(rows, rows, cos, sin, 2 * heads, relu=True)
+        rotary(rows, rows, cos, sin, 2 * heads, relu=True)
         out = empty_with_room((*qkv.shape[:-1], qkv.shape[-1] // 3), room, qkv)
-        state = kernels.linear_attention(qkv, lengths, heads, out)
+        state = linear_attention(qkv, lengths, heads, out)
         ctx.save_for_backward(qkv, cos, sin, lengths, *state)
         ctx.heads, ctx.room = heads, qkv_room
         return out
@@ -160,9 +162,9 @@ class _LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin, lengths, *state = ctx.saved_tensors
         grad = empty_with_room(qkv.shape, ctx.room, qkv)
-        kernels.linear_attention_backward(qkv, lengths, ctx.heads, state, out_grad, grad)
+        linear_attention_backward(qkv, lengths, ctx.heads, state, out_grad, grad)
         rows = grad.flatten(0, 1)
-        kernels.rotary(rows, rows, cos, sin, 2 * ctx.heads, backward=True)
+        rotary(rows, rows, cos, sin, 2 * ctx.heads, backward=True)
         return grad, None, None, None, None, None, None
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from acestep_ray.models import block_kernels as kernels
+from acestep_ray.models import projection_kernels as kernels
 from acestep_ray.models.transformer import PointwiseConv
 
 # Ranks are filled up to a multiple of this, for products that the tensor cores take in whole.

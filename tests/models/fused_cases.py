@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from acestep_ray.diffusion.objective import TrainingBatch, flow_matching_losses
-from acestep_ray.models import block_kernels
+from acestep_ray.models import (
+    block_kernels,
+    linear_attention_kernels,
+    projection_kernels,
+)
 from acestep_ray.models.fused import fuse
 from acestep_ray.models.lyric_encoder import LyricEncoderConfig
 from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
@@ -47,7 +51,7 @@ LORAS = {
             "two": {"r": 2, "lora_alpha": 1, "target_modules": ["attn.to_q", "to_k"]},
         }
     },
-    "DoRA": {"r": 4, "use_dora": True, "target_modules": ["attn.to_q", "point_conv.conv"]},
+    "DoRA": {"r": 4, "use_dora": True, "target_modules": ["attn.to_q", "cross_attn.to_q", "point_conv.conv"]},
 }
 # More frames than one run of the convolution and one chunk of the attention have, see `main`.
 FRAMES = (18, 5)
@@ -131,7 +135,7 @@ def copies_error() -> float:
     """Of small matrices that one launch writes, scaled, into parts of larger ones, also transposed ones."""
     first, second, scales = torch.randn(3, 7), torch.randn(5, 2), torch.rand(5, 1) + 0.5
     places = torch.zeros(2, 20, 20)
-    block_kernels.CopyTable(
+    projection_kernels.CopyTable(
         [(first, places[0, 2:5, 4:11], 2.0, None), (second, places[1, 3:5, 2:7].t(), 0.5, scales)]
     ).run()
     wanted = torch.zeros_like(places)
@@ -142,7 +146,8 @@ def copies_error() -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    block_kernels._CHUNK, block_kernels._ROWS, block_kernels._BACKWARD_RUN = 16, 16, 8
+    block_kernels._BACKWARD_RUN = 8
+    linear_attention_kernels._CHUNK, linear_attention_kernels._ROWS = 16, 16
     errors = {name: fused_error(lora, (2, 1)) for name, lora in LORAS.items()}
     errors["all weights"] = fused_error(None, FRAMES, layers=2)
     errors["long songs"] = fused_error(LORAS["LoRA"], FRAMES, layers=2)

@@ -37,10 +37,16 @@ def test_linear_attention_fits_the_shared_memory_of_a_consumer_gpu(name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from acestep_ray.models import block_kernels
+    from acestep_ray.models import linear_attention_kernels
 
-    kernel = getattr(block_kernels, name)
-    constants = {"HEADS": 20, "D": 128, "CHUNK": 512, "ROWS": block_kernels._ROWS, "PRECISION": "tf32"}
+    kernel = getattr(linear_attention_kernels, name)
+    constants = {
+        "HEADS": 20,
+        "D": 128,
+        "CHUNK": 512,
+        "ROWS": linear_attention_kernels._ROWS,
+        "PRECISION": "tf32",
+    }
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = (
         dict.fromkeys(kernel.arg_names, "i32") | ATTENTION[name] | dict.fromkeys(constants, "constexpr")
@@ -48,7 +54,7 @@ def test_linear_attention_fits_the_shared_memory_of_a_consumer_gpu(name):
     places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", 86, 32), options={"num_warps": block_kernels._WARPS}
+        source, target=GPUTarget("cuda", 86, 32), options={"num_warps": linear_attention_kernels._WARPS}
     )
     assert compiled.metadata.shared <= 99 * 1024
 
