@@ -21,9 +21,10 @@ from acestep_ray.data.schema import open_dataset
 from acestep_ray.device import resolve_device
 from acestep_ray.errors import InputError
 from acestep_ray.generation.job import GenerateSummary, MadeSong, generate
+from acestep_ray.terminal import fact_table, show_summary
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.training.job import TrainSummary, train
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 
 # A tiny model with random weights learns nothing of music; a high rate shows within a minute that its loss falls.
 LEARNING_RATE = 3e-3
@@ -68,7 +69,7 @@ class QuickstartSummary:
             ("took", f"{self.wall_seconds:.0f} s"),
             ("next", self.next_command),
         ]
-        return "\n".join(["", "quickstart done", *(f"  {name:<10} {value}" for name, value in rows)])
+        return f"\nquickstart done\n{fact_table(rows)}"
 
 
 def quickstart(config: QuickstartConfig) -> QuickstartSummary:
@@ -89,7 +90,7 @@ def quickstart(config: QuickstartConfig) -> QuickstartSummary:
 
     announce(f"prepare: {songs} → dataset")
     prepared = prepare_dataset(PrepareConfig(data_dir=str(songs), output_dir=str(output / "dataset")))
-    print(prepared.render())
+    show_summary(prepared.render())
 
     announce("precompute: dataset → feature cache")
     cache = output / "cache"
@@ -101,11 +102,11 @@ def quickstart(config: QuickstartConfig) -> QuickstartSummary:
             device=device,
         )
     )
-    print(cached.render())
+    show_summary(cached.render())
 
     announce("train: feature cache → LoRA")
     trained = train(train_config(config, output, cache, checkpoint, device))
-    print(trained.render())
+    show_summary(trained.render())
 
     announce("generate: prompt and lyrics → music")
     prompt, lyrics = song_conditions(output / "dataset", cache)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,7 +18,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from acestep_ray.autoscaling import bring_nodes
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.terminal import is_terminal, is_verbose
 
 # Of a custom resource that only marks nodes: a node with one of it has room for thousands.
 _LITTLE = 0.0001
@@ -30,12 +34,18 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
-    # Ray's warnings about itself are noise to a user; what goes wrong is raised.
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    # Ray's warnings about itself and what its workers print are noise to a user; what goes wrong is raised.
+    verbose = is_verbose()
+    logs: dict[str, Any] = {
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "log_to_driver": verbose,
+    }
+    if not is_terminal(sys.stderr) or os.environ.get("NO_COLOR"):
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of what it shows of its workers
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, **logs)
         except ConnectionError as error:
             raise InputError(
                 "no Ray cluster answers",
@@ -45,7 +55,7 @@ def connect() -> None:
         return
     # Ray would write a token to the home directory, where every later `ray start` would find it and ask for it.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(address="local", include_dashboard=False, **quiet)
+    ray.init(address="local", include_dashboard=False, **logs)
 
 
 def share_of(resource: str | None) -> dict[str, float]:
@@ -56,10 +66,16 @@ def share_of(resource: str | None) -> dict[str, float]:
 def nodes_with(resource: str | None, flag: str) -> list[dict[str, Any]]:
     """Ray's rows of the nodes that have this custom resource, of all nodes where there is none.
 
-    Raises InputError where no node has it.
+    Where no node has it, the autoscaler is asked for one. Raises InputError where that brings none.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    found = [node for node in nodes if resource is None or node["Resources"].get(resource)]
+
+    def find() -> list[dict[str, Any]]:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        return [node for node in nodes if resource is None or node["Resources"].get(resource)]
+
+    found = find()
+    if not found and bring_nodes([share_of(resource)], lambda: bool(find())):
+        return find()
     if not found:
         raise InputError(
             "no node of the Ray cluster has this resource",
@@ -67,6 +83,25 @@ def nodes_with(resource: str | None, flag: str) -> list[dict[str, Any]]:
             fix=f"start nodes with `ray start --resources '{{\"{resource}\": 1}}'`, or leave the flag out",
         )
     return found
+
+
+def wait_for_first_node(device: str, resource: str | None = None) -> None:
+    """Where no node has a GPU (or, for another device than cuda, a CPU), wait for the autoscaler to bring one.
+
+    A job that sizes itself by the nodes that are there needs one to go by. None may come: its own checks say so.
+    """
+    kind = "GPU" if device == "cuda" else "CPU"
+
+    def is_there() -> bool:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return any(node.get(kind) and (resource is None or node.get(resource)) for node in nodes)
+
+    bring_nodes([{kind: 1, **share_of(resource)}], is_there)
+
+
+def cluster_cpus() -> float:
+    """CPUs of the nodes that are there now, at least one: a head without any may get nodes that have some."""
+    return max(1.0, ray.cluster_resources().get("CPU", 0.0))
 
 
 def beside_driver(cls: type) -> Any:
@@ -78,14 +113,14 @@ def beside_driver(cls: type) -> Any:
 
 @contextmanager
 def faults_explained(job: str, done: str) -> Iterator[None]:
-    """Ray's errors as one message with the cause, without Ray Data's own account of them on the console.
+    """Ray's errors as one message with the cause, without Ray Data's own account of them unless that is asked for.
 
     `done` is what the job had done with the songs that it leaves, such as "encoded".
     """
     consoles = [
         handler
         for handler in logging.getLogger("ray.data").handlers
-        if isinstance(handler, logging.StreamHandler)
+        if isinstance(handler, logging.StreamHandler) and not is_verbose()
     ]
     for console in consoles:
         console.addFilter(_is_worth_showing)
@@ -106,8 +141,12 @@ def faults_explained(job: str, done: str) -> Iterator[None]:
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
-    """Warnings, such as that of a cluster without room for the models; errors are told by what is raised."""
-    return record.levelno == logging.WARNING and not record.getMessage().startswith("Progress bars disabled")
+    """Warnings, such as that of a cluster without room for the models; errors are told by what is raised.
+
+    Not the advice on how a graph could be set up, which is ours to follow.
+    """
+    is_advice = "issue_detection" in record.name or record.getMessage().startswith("Progress bars disabled")
+    return record.levelno == logging.WARNING and not is_advice
 
 
 class _Flag:
@@ -169,12 +208,12 @@ class _Lines:
     """An actor that holds lines until the driver takes them."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self.lines: list[Any] = []
 
-    def put(self, line: str) -> None:
+    def put(self, line: Any) -> None:
         self.lines.append(line)
 
-    def take(self) -> list[str]:
+    def take(self) -> list[Any]:
         lines, self.lines = self.lines, []
         return lines
 
@@ -182,19 +221,20 @@ class _Lines:
 class Console:
     """Lines from workers to the driver's terminal, without the rest of their output.
 
-    Workers call `say`; the driver prints what was said while it is inside `with console`.
+    Workers call `say`; the driver prints what was said, or hands it to `show`, while it is inside `with console`.
     """
 
     INTERVAL_SECONDS = 0.5
 
-    def __init__(self) -> None:
+    def __init__(self, show: Callable[[Any], None] | None = None) -> None:
+        self._show = show if show is not None else partial(print, flush=True)
         self._lines = beside_driver(_Lines).remote()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print_until_ended, daemon=True)
 
     @property
-    def say(self) -> Callable[[str], None]:
-        """Takes a line; can be sent to a worker."""
+    def say(self) -> Callable[[Any], None]:
+        """Takes a line, or what `show` takes; can be sent to a worker."""
         lines = self._lines
         return lambda line: ray.get(lines.put.remote(line))
 
@@ -212,4 +252,4 @@ class Console:
             # Looked at before the lines are taken: what was said before the end is printed.
             ended = self._ended.wait(self.INTERVAL_SECONDS)
             for line in ray.get(self._lines.take.remote()):
-                print(line, flush=True)
+                self._show(line)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
 from acestep_ray import cli
-from acestep_ray.config import TrainConfig
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.jobs import COMMAND_GROUPS, EXPORT_ACTIONS, JOBS
+from acestep_ray.terminal import VERBOSE, is_verbose
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 REQUIRED = ["--dataset_path", "cache", "--checkpoint_dir", "checkpoint"]
@@ -152,6 +154,7 @@ def test_every_end_has_its_exit_code_and_one_message(jobs, capsys, error, code, 
     assert said in err
     assert "Traceback" not in err
     assert cli.main(["train", *REQUIRED, "--debug"]) == code
+    assert ("Traceback" in capsys.readouterr().err) == (code != 130)
 
 
 def test_every_job_has_a_pipeline_with_the_same_flags():
@@ -163,15 +166,103 @@ def test_every_job_has_a_pipeline_with_the_same_flags():
         assert f"acestep-ray {job}" in run.stdout
 
 
-def test_every_setting_is_documented_in_the_help(capsys):
+ALL_JOBS = {
+    **{(name,): job for name, job in JOBS.items()},
+    **{("export", n): j for n, j in EXPORT_ACTIONS.items()},
+}
+
+
+def help_of(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ALL_JOBS, ids=" ".join)
+def test_every_setting_is_in_one_group(words):
+    job = ALL_JOBS[words]
+    grouped = [name for names in job.config.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted({field.name for field in fields(job.config)} - job.decides)
+
+
+@pytest.mark.parametrize("words", ALL_JOBS, ids=" ".join)
+def test_every_flag_is_in_the_help_with_its_text_and_default_below_its_group(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    text = help_of(capsys, *words)
+    job = ALL_JOBS[words]
+    sections = dict(re.findall(r"^(\S.*)\n((?:  .*\n)+)", text, re.MULTILINE))
+    for title, names in job.config.GROUPS.items():
+        flags = re.split(r"^  (?=--)", sections[title], flags=re.MULTILINE)[1:]
+        assert [flag.split()[0] for flag in flags] == [f"--{name}" for name in names]
+        for name, flag in zip(names, flags, strict=True):
+            default = next(field.default for field in fields(job.config) if field.name == name)
+            shown = {"None": "none", "True": "true", "False": "false", "": '""'}.get(str(default), default)
+            wanted = "[required]" if default is MISSING else f"[default: {shown}]"
+            about = " ".join(flag.split()).removesuffix(wanted)
+            assert about != " ".join(flag.split()), f"{name} has no {wanted}"
+            assert len(about.split()) > 3, f"nothing is said of {name}"
+    for flag in ("--config FILE", "--print_config", "-v, --verbose", "--debug"):
+        assert flag in sections["with every command"]
+
+
+def test_the_environment_the_pages_and_the_exit_codes_are_told_once(capsys):
+    text = " ".join(help_of(capsys, "train").split())
+    assert text.count("ACESTEP_TRAIN__") == 1
+    assert "Docs: docs/training.md." in text
+    assert "Exit codes: 0 done, 1 a fault, 2 a mistake in the input or the flags, 130 interrupted" in text
+    for job in ALL_JOBS.values():
+        assert (PIPELINES.parent / "docs" / job.page).is_file()
+
+
+def test_commands_come_in_the_order_of_the_road(capsys):
+    listed = re.findall(r"^  ([a-z]+)  ", help_of(capsys), re.MULTILINE)
+    assert listed == [name for names in COMMAND_GROUPS.values() for name in names]
+    (subcommands,) = (action.choices for action in cli.build_parser()._actions if action.dest == "command")
+    assert sorted(listed) == sorted(subcommands)
+
+
+def test_actions_are_in_the_help_of_their_command(capsys):
+    assert re.findall(r"^  ([a-z]+)  ", help_of(capsys, "export"), re.MULTILINE) == [*EXPORT_ACTIONS]
+    fetch = help_of(capsys, "checkpoint", "fetch")
+    assert re.search(r"--jobs N +Files that are downloaded at a time. \[default: 4\]", fetch)
+
+
+@pytest.mark.parametrize("place", [0, 1, 5])
+def test_verbose_may_stand_anywhere_and_ends_with_the_command(jobs, monkeypatch, place):
+    monkeypatch.delenv(VERBOSE, raising=False)
+    seen = []
+    load = cli.load
+    monkeypatch.setattr(cli, "load", lambda target: seen.append(is_verbose()) or load(target))
+    for switch in ("-v", "--verbose"):
+        arguments = ["train", *REQUIRED]
+        arguments.insert(place, switch)
+        assert cli.main(arguments) == 0
+    assert cli.main(["train", *REQUIRED]) == 0
+    assert seen == [True, True, False]
+
+
+def test_a_mistyped_value_is_told_in_the_users_words_and_a_traceback_where_asked(capsys):
+    for debug in (False, True):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["train", *REQUIRED, "--max_steps", "many", *["--debug"] * debug])
+        assert end.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith(
+            "error: --max_steps: has to be of type int, and is many\n  → acestep-ray train --help"
+        )
+        assert ("Traceback" in err) == debug
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for field in fields(TrainConfig):
-        assert f"--{field.name}" in text
-    assert "Peak learning rate of AdamW." in text
+        cli.main(["train"])
+    assert "are required: --dataset_path, --checkpoint_dir\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["dance"])
+    assert "error: there is no command 'dance'\n" in capsys.readouterr().err
 
 
 def test_help_answers_without_loading_torch_or_ray():
-    code = "import sys, acestep_ray.cli as cli; cli.build_parser(); sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    code = (
+        "import sys, acestep_ray.cli as cli; cli.build_parser().print_help(); "
+        "sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, stdout=subprocess.DEVNULL).returncode == 0

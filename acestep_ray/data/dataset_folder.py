@@ -17,6 +17,7 @@ from acestep_ray.data.schema import check_within_reach
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store, StoredFile, is_url
 from acestep_ray.storage.folders import files_below, upload_files
+from acestep_ray.terminal import Progress
 
 MARKER = "prepare.json"
 """File in a dataset directory that says it was written here, and from what."""
@@ -88,8 +89,9 @@ class Copies:
 
     def finish(self) -> None:
         """Wait for all copies. Raises what ended one of them."""
-        for pending in self._pending:
-            pending.result()
+        if self._pending:
+            for pending in Progress("copying", len(self._pending), "files").over(self._pending):
+                pending.result()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import posixpath
 import re
-import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from acestep_ray.data.sources import (
 )
 from acestep_ray.errors import InputError
 from acestep_ray.storage import AccessDeniedError, Store, StoredFile, is_url
+from acestep_ray.terminal import Progress, fact_table
 
 _OUR_ENTRIES = re.compile(
     r"audio|speakers|train|test|prepare\.json|state\.json|dataset_info\.json|dataset_dict\.json"
@@ -59,16 +59,17 @@ class PrepareSummary:
 
     def render(self) -> str:
         """The summary in a few lines for a terminal; the first 20 warnings are shown."""
-        splits = ", ".join(f"{rows} {name}" for name, rows in self.splits.items())
-        lines = [
-            f"songs: {self.songs} ({self.without_lyrics} without lyrics), rows: {splits}, in {self.output_dir}"
-        ]
-        if self.warnings:
-            lines.append(f"warnings: {len(self.warnings)}")
-            lines += [f"  - {warning}" for warning in self.warnings[:_SHOWN_WARNINGS]]
+        warnings = list(self.warnings[:_SHOWN_WARNINGS])
         if len(self.warnings) > _SHOWN_WARNINGS:
-            lines.append(f"  … and {len(self.warnings) - _SHOWN_WARNINGS} more")
-        return "\n".join(lines)
+            warnings.append(f"… and {len(self.warnings) - _SHOWN_WARNINGS} more")
+        return fact_table(
+            [
+                ("dataset", self.output_dir),
+                ("songs", f"{self.songs} ({self.without_lyrics} without lyrics)"),
+                ("rows", ", ".join(f"{rows} {name}" for name, rows in self.splits.items())),
+                *(("warning", warning) for warning in warnings),
+            ]
+        )
 
 
 def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
@@ -92,13 +93,12 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     is_checked = table is not None or folder.is_local
     with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
         found = pool.map(partial(_problems_of_files, folder=folder), songs) if is_checked else repeat([])
-        for song, problems in zip(songs, found, strict=False):
+        for song, problems in zip(Progress("checking", len(songs), "songs").over(songs), found, strict=False):
             findings.problems += [*song.problems, *problems]
     _check_keys(songs, findings)
     _stop_on_problems(findings, source)
     test_keys = _choose_test_songs([song.key for song in songs], config.test_fraction, config.seed)
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # of `datasets`: they fill a log with lines
+    disable_progress_bars()  # of `datasets`: ours tells how far it is
     splits = write_dataset(output, partial(_write, songs, folder, test_keys, config))
     return PrepareSummary(
         output_dir=output.url,
@@ -258,7 +258,7 @@ def _write(
     recaption_names = {name for song in songs for name in song.recaption}
     language = any(song.language for song in songs)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    for song in songs:
+    for song in Progress("copying", len(songs), "songs").over(songs):
         row = {
             "filename": audio.add(file_at(song.filename, folder), place_of(song.filename, folder)),
             "tags": song.tags,

@@ -65,6 +65,11 @@ class RejectReason(str, Enum):
         member.meaning = meaning
         return member
 
+    @classmethod
+    def of(cls, value: str) -> RejectReason:
+        """The reason that the feature cache stores as `value`. Raises ValueError for what is none."""
+        return cls(value)  # type: ignore[call-arg]  # mypy takes it for a call of `__new__`
+
     @property
     def is_transient(self) -> bool:
         """Whether storage or a disk failed, not the song: such a song is tried again in every run."""

@@ -15,7 +15,7 @@ import os
 import posixpath
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -79,32 +79,34 @@ class Findings:
 
 def songs_of_folder(root: Store, findings: Findings) -> Iterator[SourceSong]:
     """The audio files below `root`, each with the prompt, lyrics and recaptions that lie beside it."""
-    files = sorted(map(PurePosixPath, _names_in(root, findings)))
-    texts: dict[tuple[PurePosixPath, str, str], PurePosixPath] = {}
-    audio: list[PurePosixPath] = []
-    for file in files:
-        if file.suffix.lower() in AUDIO_SUFFIXES | TORCHCODEC_SUFFIXES | UNSUPPORTED_SUFFIXES:
-            audio.append(file)
+    # Names and not paths, which take kilobytes each: there may be millions.
+    texts: dict[str, str] = {}
+    audio: list[str] = []
+    suffixes = AUDIO_SUFFIXES | TORCHCODEC_SUFFIXES | UNSUPPORTED_SUFFIXES
+    # In the order of paths: a folder's files lie together.
+    for name in sorted(_names_in(root, findings), key=lambda name: name.replace("/", "\0")):
+        if posixpath.splitext(name)[1].lower() in suffixes:
+            audio.append(name)
         for ending in _TEXT_ENDINGS:
-            if file.name.lower().endswith(ending):
-                texts[file.parent, file.name[: -len(ending)], ending] = file
-    used: set[PurePosixPath] = set()
-    keys = _keys_of_files(audio)
+            if name.lower().endswith(ending):
+                texts[name[: -len(ending)] + ending] = name
+    used: set[str] = set()
+    shared_keys = _shared_keys(audio)
 
-    def read_song(file: PurePosixPath) -> tuple[SourceSong, list[str]]:
-        origin = printable(file)
+    def read_song(name: str) -> tuple[SourceSong, list[str]]:
+        file, origin = PurePosixPath(name), printable(name)
         problems: list[str] = []
         warnings: list[str] = []
 
         def read_beside(endings: tuple[str, ...]) -> str | None:
             for ending in endings:
-                text = texts.get((file.parent, file.stem, ending))
+                text = texts.get(f"{file.with_suffix('')}{ending}")
                 if text is not None:
                     used.add(text)
-                    return _read_text(root.file(str(text)), printable(text), problems)
+                    return _read_text(root.file(text), printable(text), problems)
             return None
 
-        if not _is_unicode(str(file)):
+        if not _is_unicode(name):
             problems.append(f"{origin}: the file name is not valid UTF-8, rename it")
         if file.suffix.lower() in UNSUPPORTED_SUFFIXES:
             warnings.append(f"{origin}: {file.suffix} is not read; convert it to FLAC, WAV or MP3")
@@ -123,8 +125,8 @@ def songs_of_folder(root: Store, findings: Findings) -> Iterator[SourceSong]:
         recaption = _recaption(read_beside(_RECAPTION_ENDINGS), origin, problems)
         song = SourceSong(
             origin=origin,
-            key=keys[file],
-            filename=str(file),
+            key=_key_of_file(name, shared_keys),
+            filename=name,
             tags=_split_tags(prompt or ""),
             lyrics=lyrics,
             recaption=recaption,
@@ -175,19 +177,21 @@ def _walk(root: str, findings: Findings) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def _keys_of_files(files: list[PurePosixPath]) -> dict[PurePosixPath, str]:
-    """Keys made of the paths without suffix; of distinct paths that would give one key, each gets a hash."""
-    stems = {file: printable(file.with_suffix("")) for file in files}
-    stems_of_key = defaultdict(set)
-    for stem in stems.values():
-        stems_of_key[_sanitized(stem)].add(stem)
-    keys = {}
-    for file, stem in stems.items():
-        key = _sanitized(stem)
-        if len(stems_of_key[key]) > 1:
-            key = f"{key}_{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
-        keys[file] = key
-    return keys
+def _key_of_file(name: str, shared: set[str]) -> str:
+    """A key made of the path without suffix; of distinct paths that would give one key, each gets a hash."""
+    stem = _printable_stem(name)
+    key = _sanitized(stem)
+    return f"{key}_{hashlib.sha256(stem.encode()).hexdigest()[:8]}" if key in shared else key
+
+
+def _shared_keys(files: list[str]) -> set[str]:
+    """Keys that distinct paths without suffix would give."""
+    counts = Counter(map(_sanitized, set(map(_printable_stem, files))))
+    return {key for key, count in counts.items() if count > 1}
+
+
+def _printable_stem(name: str) -> str:
+    return printable(PurePosixPath(name).with_suffix(""))
 
 
 def _sanitized(stem: str) -> str:

@@ -177,7 +177,7 @@ def _check_checkpoint(directory: str, fingerprint: bool, opened: list[Checkpoint
 
 def _check_gpus(checkpoint: CheckpointDir | None) -> Iterator[Finding]:
     from acestep_ray.doctor import gpu
-    from acestep_ray.models.transformer import TransformerConfig
+    from acestep_ray.models.transformer_config import TransformerConfig
 
     facts = gpu.look_at_gpus()
     yield gpu.check_torch(facts)

@@ -17,6 +17,7 @@ from acestep_ray.evaluation.embeddings import find_audio
 from acestep_ray.generation.render import decode, decoding_bytes, free_bytes, starting_noise, write_audio
 from acestep_ray.models.codec import SAMPLE_RATE, MusicCodec, latent_frames
 from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.terminal import Progress
 from acestep_ray.training.batch import counter_seed
 
 SUFFIX = ".wav"
@@ -48,7 +49,8 @@ def generate_clips(
     """
     clips = []
     frames = latent_frames(int(config.duration * SAMPLE_RATE))
-    for number, song in enumerate(songs, 1):
+    progress = Progress(f"clips of {folder.name}", len(songs), "clips")
+    for number, song in enumerate(progress.over(songs), 1):
         seed = counter_seed("evaluation", config.seed, song.key)
         latents = sample(
             transformer,
@@ -65,7 +67,6 @@ def generate_clips(
             path = folder / f"{number:03d}-{_file_name(song.key)}{SUFFIX}"
             write_audio(path, wave)
         clips.append(Clip(song.key, path, song.prompts[0], seed))
-        print(f"  {number}/{len(songs)} {song.key}", flush=True)
     return clips
 
 

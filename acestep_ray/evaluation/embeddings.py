@@ -20,6 +20,7 @@ from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.notes import Notes
 from acestep_ray.models.ssl import SSLEncoder
+from acestep_ray.terminal import Progress
 
 WINDOW_SECONDS = 5.0
 HOP_SECONDS = WINDOW_SECONDS / 2
@@ -66,7 +67,7 @@ def embed_files(
     A file that cannot be read, and a song whose features are not finite, is told and left out, of all encoders alike.
     """
     songs: dict[str, list[EmbeddedSong]] = {name: [] for name in encoders}
-    for path in paths:
+    for path in Progress(f"embedding {root.name}", len(paths), "songs").over(paths):
         name = path.relative_to(root).as_posix()
         try:
             embedded = embed_song(name, audio_sha256(path), read_wave(path), encoders, notes)

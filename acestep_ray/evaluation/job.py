@@ -208,7 +208,6 @@ def measure_models(
     songs = [plan.reader.read(song) for song in plan.chosen]
     made = []
     for model in plan.candidates:
-        print(f"{model.label}: {len(songs)} songs, {config.duration:g} s of each", flush=True)
         transformer = model.load(checkpoint, device)
         with mixed_precision(transformer, config, device):
             losses = fixed_noise_losses(

@@ -23,6 +23,7 @@ from acestep_ray.evaluation.scores import (
 )
 from acestep_ray.reporting import Page
 from acestep_ray.storage import Store
+from acestep_ray.terminal import column_table, fact_table
 from acestep_ray.training.validation import NOISE_LEVELS
 
 if TYPE_CHECKING:
@@ -66,19 +67,16 @@ class EvaluateSummary:
     def render(self) -> str:
         """The summary as text."""
         columns, rows = overview(self.rows, self.encoders)
-        cells = [[_cell(value) for value in row] for row in rows]
-        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [columns, *cells]
+        models = column_table(columns, [[_cell(value) for value in row] for row in rows])
+        warnings = [note.partition(": ")[2] for note in self.notes if note.startswith("warning: ")]
+        made: list[tuple[str, object]] = [
+            *(("warning", warning) for warning in warnings),
+            ("report", self.output.place_of(PAGE_FILE)),
+            ("scores", self.output.place_of(SCORES_FILE)),
         ]
-        lines = ["", *lines, "", *(note for note in self.notes if note.startswith("warning"))]
-        lines.append(f"report    {self.output.place_of(PAGE_FILE)}")
-        lines.append(f"scores    {self.output.place_of(SCORES_FILE)}")
         if self.tracking_uri is not None:
-            lines.append(f"MLflow    mlflow ui --backend-store-uri {self.tracking_uri}")
-        lines.append(f"took      {self.wall_seconds:.0f} s")
-        return "\n".join(lines)
+            made.append(("MLflow", f"mlflow ui --backend-store-uri {self.tracking_uri}"))
+        return f"\n{models}\n\n{fact_table([*made, ('took', f'{self.wall_seconds:.0f} s')])}"
 
 
 def overview(

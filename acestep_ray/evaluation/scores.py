@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,7 @@ from acestep_ray.evaluation.nearest import Nearest, TrainingWindows, baseline, m
 from acestep_ray.evaluation.notes import Notes
 from acestep_ray.evaluation.sound import SoundScore, score_sound
 from acestep_ray.models.ssl import SSLEncoder
+from acestep_ray.terminal import Progress
 from acestep_ray.training.validation import VALIDATION, validation_metrics
 
 NOT_FINITE = "not finite"
@@ -112,7 +113,6 @@ def read_yardsticks(
         root = Path(directory).resolve()
         if root not in embedded:
             paths = find_audio(root, flag)
-            print(f"embedding {len(paths)} songs of {directory}", flush=True)
             embedded[root] = embed_files(paths, root, encoders, notes)
         songs = embedded[root]
         if not all(songs.values()):
@@ -142,7 +142,7 @@ def read_yardsticks(
 
 def score_clips(
     label: str,
-    clips: Iterable[Clip],
+    clips: Sequence[Clip],
     yardsticks: Yardsticks,
     notes: Notes,
     draw: Callable[[Clip, np.ndarray], Path],
@@ -150,7 +150,7 @@ def score_clips(
     """Measure a model's clips, each and all together; `draw` makes the picture of one from its wave (2, n)."""
     scores: list[ClipScore] = []
     made: dict[str, list[np.ndarray]] = {encoder: [] for encoder in yardsticks.encoders}
-    for clip in clips:
+    for clip in Progress(f"measuring {label}", len(clips), "clips").over(clips):
         if clip.path is None:
             notes.warn(f"{label} made no sound of {clip.key}: it is not finite")
             scores.append(ClipScore(clip, None, flags=[NOT_FINITE]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from acestep_ray.config import EvaluateConfig
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.candidates import Candidate
 from acestep_ray.evaluation.notes import Notes
-from acestep_ray.export.source import SETTINGS_FILE
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.plain_json import load_json
 from acestep_ray.plain_yaml import load_yaml
-from acestep_ray.training.experiment import FINGERPRINTS, IDENTITY_FILE
+from acestep_ray.training.experiment import FINGERPRINTS, IDENTITY_FILE, SETTINGS_FILE
 from acestep_ray.training.holdout import hold_out, recordings_of_cache
 
 
@@ -99,7 +98,7 @@ def held_out_by(
 def _held_out_by_run(experiment: Path, index: CacheIndex) -> tuple[bool, int | None]:
     """Whether a run was trained on this cache, and its `val_songs`. Raises InputError for files that do not read."""
     try:
-        identity = json.loads((experiment / IDENTITY_FILE).read_text(encoding="utf-8"))
+        identity = load_json((experiment / IDENTITY_FILE).read_text(encoding="utf-8"))
         settings = load_yaml((experiment / SETTINGS_FILE).read_text(encoding="utf-8"))
         return identity.get(FINGERPRINTS["dataset"]) == index.fingerprint, settings.get("val_songs")
     except FileNotFoundError:

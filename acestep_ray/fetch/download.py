@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import get_session
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]  # httpx's or httpx2's
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.fetch.progress import Progress

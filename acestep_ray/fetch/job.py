@@ -21,7 +21,7 @@ from huggingface_hub import constants, get_token
 from acestep_ray.errors import InputError
 from acestep_ray.fetch.download import PART_SUFFIX, Content, Downloader, Patience, shown
 from acestep_ray.fetch.pins import PinnedModel, file_url, newest, read_pins, with_sha256, write_pins
-from acestep_ray.fetch.progress import Progress, size_text
+from acestep_ray.fetch.progress import Progress
 from acestep_ray.models.checkpoint import (
     ACE_STEP_V1,
     LYRIC_VOCAB,
@@ -32,6 +32,8 @@ from acestep_ray.models.checkpoint import (
 )
 from acestep_ray.models.fingerprints import noted_sha256
 from acestep_ray.storage import Store
+from acestep_ray.terminal import fact_table
+from acestep_ray.units import size_text
 
 LYRIC_PART = "lyric_vocab"
 PART_NAMES = (*PARTS, LYRIC_PART)
@@ -57,13 +59,18 @@ class FetchSummary:
 
     def render(self) -> str:
         """The summary as a few lines of text."""
-        lines = [
-            f"checkpoint     {self.directory}",
-            f"  downloaded   {len(self.downloaded)} files, {size_text(self.num_bytes)}, every sum is right",
-            f"  was there    {len(self.kept)} files, every sum is right",
-        ]
-        lines += [f"  revision     {name} {revision}" for name, revision in self.revisions.items()]
-        return "\n".join([*lines, f"  took         {self.wall_seconds:.0f} s"])
+        return fact_table(
+            [
+                ("checkpoint", self.directory),
+                (
+                    "downloaded",
+                    f"{len(self.downloaded)} files, {size_text(self.num_bytes)}, every sum is right",
+                ),
+                ("was there", f"{len(self.kept)} files, every sum is right"),
+                *(("revision", f"{name} {revision}") for name, revision in self.revisions.items()),
+                ("took", f"{self.wall_seconds:.0f} s"),
+            ]
+        )
 
 
 @dataclass(frozen=True)

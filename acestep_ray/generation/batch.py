@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from acestep_ray.generation.song import Song, together
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.ray_runtime import connect, faults_explained
 from acestep_ray.storage import StorageError, Store
+from acestep_ray.terminal import Progress, fact_table
 
 RESULTS = "results.jsonl"
 """A row for every song, in the order of the requests."""
@@ -59,15 +59,21 @@ class BatchSummary:
         """The summary as text."""
         made = len(self.outcomes) - self.unchanged - len(self.failed)
         seconds = sum(outcome.seconds or 0 for outcome in self.outcomes)
-        lines = [
-            f"songs      {self.output}",
-            f"  all      {len(self.outcomes)} = {made} made + {self.unchanged} unchanged + {len(self.failed)} failed",
-            f"  music    {seconds:,.1f} s",
-        ]
-        lines += [f"  failed   {outcome.name}: {outcome.error}" for outcome in self.failed[:_LISTED]]
+        failed = [f"{outcome.name}: {outcome.error}" for outcome in self.failed[:_LISTED]]
         if len(self.failed) > _LISTED:
-            lines.append(f"  failed   … the others are in {RESULTS}")
-        return "\n".join([*lines, f"  took     {self.wall_seconds:.1f} s"])
+            failed.append(f"… the others are in {RESULTS}")
+        return fact_table(
+            [
+                ("songs", self.output),
+                (
+                    "all",
+                    f"{len(self.outcomes)} = {made} made + {self.unchanged} unchanged + {len(self.failed)} failed",
+                ),
+                ("music", f"{seconds:,.1f} s"),
+                *(("failed", told) for told in failed),
+                ("took", f"{self.wall_seconds:.1f} s"),
+            ]
+        )
 
 
 def generate_batch(config: GenerateConfig) -> BatchSummary:
@@ -93,13 +99,14 @@ def generate_batch(config: GenerateConfig) -> BatchSummary:
     groups = together([song for song in request.songs if song.name not in made], config.batch_size)
     # The longest first: at the end no one waits for a worker that began one late.
     groups.sort(key=lambda group: -len(group) * group[0].frames * group[0].infer_steps)
-    total = len(request.songs)
     if groups:
-        with faults_explained("generate", "made"):
+        progress = Progress("generating", len(request.songs), "songs")
+        with faults_explained("generate", "made"), progress:
             for outcome in make_songs(groups, pool, choice, store, recipe):
                 outcomes[outcome.name] = outcome
-                told = "failed" if outcome.error is not None else f"{outcome.seconds:.1f} s"
-                print(f"{len(outcomes)}/{total} {outcome.name}: {told}", file=sys.stderr, flush=True)
+                if outcome.error is not None:
+                    progress.say(f"failed: {outcome.name}")
+                progress.update(len(outcomes))
     write_results(store, request.songs, outcomes, recipe)
     return BatchSummary(
         output=store.url,

@@ -22,8 +22,9 @@ from acestep_ray.errors import InputError
 from acestep_ray.generation.audio import Sound
 from acestep_ray.generation.records import Recipe, write_song
 from acestep_ray.generation.song import Song
-from acestep_ray.ray_runtime import beside_driver
+from acestep_ray.ray_runtime import beside_driver, wait_for_first_node
 from acestep_ray.storage import Store
+from acestep_ray.terminal import is_verbose
 
 if TYPE_CHECKING:
     # Imported where it is used: the workers that only write need no models, whose libraries load for seconds.
@@ -61,6 +62,7 @@ def choose_pool(device: str, workers: int | None) -> ModelPool:
 
     Raises InputError where the cluster has no place for them.
     """
+    wait_for_first_node(device)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cores = [node["CPU"] for node in nodes if node.get("CPU")]
@@ -85,8 +87,8 @@ def make_songs(
 ) -> Iterator[Outcome]:
     """Make and write groups of songs that are sampled together; yields what became of each song as it ends."""
     context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    context.enable_progress_bars = is_verbose()
+    context.print_on_execution_start = is_verbose()
     context.raise_original_map_exception = True
     # Every song is a block of its own, which is written without waiting for others.
     context.target_max_block_size = 1

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import os
 import posixpath
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from acestep_ray.config import GenerateConfig
@@ -21,6 +20,7 @@ from acestep_ray.generation.song import Song, together
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE
 from acestep_ray.storage import StoredFile
+from acestep_ray.terminal import Progress, fact_table
 
 if TYPE_CHECKING:
     from acestep_ray.generation.batch import BatchSummary
@@ -47,10 +47,10 @@ class GenerateSummary:
 
     def render(self) -> str:
         """The summary as text."""
-        lines = [
-            f"audio    {song.audio} ({song.seconds:.1f} s)\npicture  {song.picture}" for song in self.songs
-        ]
-        return "\n".join([*lines, f"took     {self.wall_seconds:.1f} s"])
+        rows: list[tuple[str, object]] = []
+        for song in self.songs:
+            rows += [("audio", f"{song.audio} ({song.seconds:.1f} s)"), ("picture", song.picture)]
+        return fact_table([*rows, ("took", f"{self.wall_seconds:.1f} s")])
 
 
 def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
@@ -74,11 +74,19 @@ def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
     choice = choose_models(config, checkpoint)
     request.show_warnings()
     models = MusicModels.load(choice)
-    made = []
-    for group in together(request.songs, config.batch_size):
-        for song, sound in zip(group, models.make(group, _show_step(config.infer_steps)), strict=True):
-            made.append(write_song(output, song, sound))
+    made: list[MadeSong] = []
+    groups = together(request.songs, config.batch_size)
+    with Progress("generating", config.infer_steps * len(groups), "steps") as progress:
+        for number, group in enumerate(groups):
+            before = config.infer_steps * number
+            sounds = models.make(group, partial(show_step, progress, before))
+            made += [write_song(output, song, sound) for song, sound in zip(group, sounds, strict=True)]
     return GenerateSummary(made, time.monotonic() - started)
+
+
+def show_step(progress: Progress, before: int, step: int) -> None:
+    """Show that `step` steps are done, besides those of the groups `before`."""
+    progress.update(before + step)
 
 
 def write_song(output: StoredFile, song: Song, sound: Sound) -> MadeSong:
@@ -122,11 +130,3 @@ def check_output(config: GenerateConfig) -> StoredFile:
     if not os.access(path.parent, os.W_OK) or path.is_dir():
         raise InputError("cannot write here", where=where)
     return output
-
-
-def _show_step(total: int) -> Callable[[int], None]:
-    def show(step: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\rstep {step}/{total}", end="\n" if step == total else "", file=sys.stderr, flush=True)
-
-    return show

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.candidates import find_candidates
-from acestep_ray.export.lora import LORA_FILE, merge_lora, write_lora
+from acestep_ray.export.lora import merge_loras
+from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.export.transformer import export_transformer
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from tests.export.conftest import PATTERNS
+from tests.loras import write_lora
 
 ADAPTER = "lora_adapter"
 
@@ -60,7 +62,7 @@ def test_the_base_is_the_base(settings, checkpoint):
 def test_a_lora_has_its_strength(settings, checkpoint, lora, given, strength):
     base, found = find(settings, checkpoint, f"base, {lora.parent}", lora_weight=given)
     expected = checkpoint.load_transformer()
-    merge_lora(expected, lora, strength)
+    merge_loras(expected, [(lora, strength)])
     assert (found.kind, found.strength, base.strength) == ("LoRA", strength, 1.0)
     assert_same(load(found, checkpoint), expected)
 
@@ -86,7 +88,7 @@ def test_an_experiment_is_its_last_checkpoint_or_the_one_that_is_chosen(
         "path": ("my_run-step20", 20, run),
     }
     expected = checkpoint.load_transformer()
-    merge_lora(expected, run / "checkpoints" / "step=20")
+    merge_loras(expected, [(run / "checkpoints" / "step=20", 1.0)])
     assert_same(load(found, checkpoint), expected)
 
 

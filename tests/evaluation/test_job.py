@@ -19,12 +19,12 @@ from acestep_ray.errors import InputError
 from acestep_ray.evaluation import frechet
 from acestep_ray.evaluation.candidates import find_candidates
 from acestep_ray.evaluation.job import draw_curves, evaluate
-from acestep_ray.export.lora import write_lora
 from acestep_ray.storage import Store, upload_folder
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.validation import NOISE_LEVELS
 from tests.browser import open_browser, visit
 from tests.evaluation.conftest import RATE, noise, tone
+from tests.loras import write_lora
 
 
 def read_json(path):

@@ -16,7 +16,7 @@ from acestep_ray.evaluation.songs import choose_songs, open_cache
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import FINGERPRINTS
 from acestep_ray.training.holdout import hold_out
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from tests.cache.rows import song_row, write_rows
 from tests.training.songs import cached_song
 

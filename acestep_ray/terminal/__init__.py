@@ -1,0 +1,19 @@
+"""What the program shows on a terminal: progress, tables, colours; plain text where there is none."""
+
+from __future__ import annotations
+
+from acestep_ray.terminal.console import VERBOSE, is_terminal, is_verbose, rich_console
+from acestep_ray.terminal.progress import Progress
+from acestep_ray.terminal.tables import column_table, fact_table, show_error, show_summary
+
+__all__ = [
+    "VERBOSE",
+    "Progress",
+    "column_table",
+    "fact_table",
+    "is_terminal",
+    "is_verbose",
+    "rich_console",
+    "show_error",
+    "show_summary",
+]
