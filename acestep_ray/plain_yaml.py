@@ -10,7 +10,7 @@ import yaml
 class _Loader(yaml.SafeLoader):
     """Aliases of aliases grow with every level, and `<<` copies what they name."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(
                 None,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acestep_ray.diffusion.schedule import TRAINING_STEPS
-from acestep_ray.models.kernels import triton_kernels
-from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.kernels import runs_triton
+from acestep_ray.models.transformer import TransformerOutput
 
 
 @dataclass
@@ -91,8 +91,8 @@ class SampleLosses:
         return self.denoising + ssl_coeff * torch.stack(list(self.ssl.values())).mean(dim=0)
 
 
-def flow_matching_losses(transformer: ACEStepTransformer, batch: TrainingBatch) -> SampleLosses:
-    """The losses of one forward pass.
+def flow_matching_losses(transformer: Callable[..., TransformerOutput], batch: TrainingBatch) -> SampleLosses:
+    """The losses of one forward pass of an `ACEStepTransformer`, or of what calls it for several workers.
 
     x = σ · noise + (1 − σ) · latents; the network's velocity v gives the denoised sample x − σ · v, compared with the
     latents. SSL losses are those of `batch.ssl`; without any, the projectors do not run.
@@ -143,7 +143,7 @@ def projection_cosines(
     projection: Tensor, source_lengths: Tensor, target: SSLTarget, places: Tensor
 ) -> Tensor:
     """Cosine (B, P) of the projected stream (B, W, dim), interpolated at `places`, and the features."""
-    if triton_kernels(projection):
+    if runs_triton(projection):
         from acestep_ray.diffusion import fused_objective
 
         return fused_objective.projection_cosines(projection, source_lengths, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,18 @@ from typing import Any
 import yaml
 
 from acestep_ray import __version__
-from acestep_ray.cache.maintenance import cache_stats
+from acestep_ray.cache.stats import cache_stats
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.export.source import SETTINGS_FILE
 from acestep_ray.models.checkpoint import ACE_STEP_V1, TRANSFORMER
-from acestep_ray.models.codec import MEL_FRAMES_PER_LATENT
-from acestep_ray.models.mel import HOP_LENGTH, MEL_SAMPLE_RATE
+from acestep_ray.plain_json import load_json
 from acestep_ray.plain_yaml import load_yaml
-from acestep_ray.reporting.curves import Log, find_logs, read_events
+from acestep_ray.reporting.curves import Log, read_log
 from acestep_ray.reporting.plots import TRAINING, draw_losses
 from acestep_ray.storage import Store
-from acestep_ray.training.experiment import FINGERPRINTS, IDENTITY_FILE
+from acestep_ray.training.experiment import CHECKPOINTS, FINGERPRINTS, IDENTITY_FILE, SETTINGS_FILE
 from acestep_ray.training.scan import SONGS, read_songs
 from acestep_ray.training.state import Checkpoints
+from acestep_ray.training.throughput import seconds_of
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 CARD = "README.md"
@@ -83,7 +82,7 @@ def read_run(experiment: Path, step: int) -> RunFacts:
     Raises InputError for settings that cannot be read.
     """
     settings = _read(experiment / SETTINGS_FILE, load_yaml)
-    identity = _read(experiment / IDENTITY_FILE, json.loads)
+    identity = _read(experiment / IDENTITY_FILE, load_json)
     transformer = identity.get(FINGERPRINTS["transformer"])
     return RunFacts(
         name=experiment.name,
@@ -138,7 +137,7 @@ def render_card(facts: RunFacts, format_name: str, files: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path, parse) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """A file's mapping; an empty one where there is no file."""
     try:
         values = parse(path.read_text(encoding="utf-8"))
@@ -160,8 +159,7 @@ def _release_fingerprint() -> str:
 def _count_songs(dataset_path: str | None, experiment: Path) -> dict[str, Any] | None:
     if (experiment / SONGS).is_file():  # a run without a cache noted its songs itself
         frames = read_songs(Store.at(experiment))["latent_frames"].to_numpy()
-        seconds = frames.sum() * MEL_FRAMES_PER_LATENT * HOP_LENGTH / MEL_SAMPLE_RATE
-        return {"songs": len(frames), "hours": round(float(seconds) / 3600, 3)}
+        return {"songs": len(frames), "hours": round(seconds_of(int(frames.sum())) / 3600, 3)}
     try:
         stats = cache_stats(dataset_path or "")
     except (AceStepError, OSError):
@@ -177,10 +175,12 @@ def _count_songs(dataset_path: str | None, experiment: Path) -> dict[str, Any] |
 
 def _read_losses(experiment: Path, logger_dir: str | None, step: int) -> dict[str, dict[int, float]]:
     """TensorBoard's curves up to a step, else those that the checkpoint itself holds."""
-    folder = find_logs(experiment, logger_dir)
-    log = Log() if folder is None else read_events(folder)
+    try:
+        log = read_log(experiment, logger_dir)
+    except (AceStepError, OSError):
+        log = Log()  # then the checkpoint's own losses are all there is
     curves = {curve: dict(log[name]) for curve, name in _CURVES.items() if log[name]}
-    noted = Checkpoints(Store.at(experiment / "checkpoints")).read_state(step)["losses"]
+    noted = Checkpoints(Store.at(experiment / CHECKPOINTS)).read_state(step)["losses"]
     for curve, name in (("fixed noise", FIXED_NOISE), ("held-out songs", VALIDATION)):
         curves.setdefault(curve, {int(n): value for n, value in (noted.get(name) or {}).items()})
     curves = {name: {n: v for n, v in sorted(curve.items()) if n <= step} for name, curve in curves.items()}

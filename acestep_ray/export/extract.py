@@ -22,6 +22,7 @@ from acestep_ray.export.reading import LORA_FILE, LoraUpdate, some
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, fetched, output_folder
+from acestep_ray.terminal import Progress, column_table, fact_table
 
 REPORT = "errors.json"
 """The error of every module, beside the LoRA."""
@@ -44,20 +45,25 @@ class ExtractSummary:
 
     def render(self) -> str:
         """The summary as text, the modules with the largest errors first."""
-        lines = [f"{'relative error':>14}  {'‖change‖':>10}  rank  module"]
         largest = sorted(self.errors.items(), key=lambda item: -item[1].error)
-        lines += [f"{e.relative:14.4f}  {e.norm:10.4g}  {e.rank:4}  {name}" for name, e in largest[:_LISTED]]
+        modules = column_table(
+            ["relative error", "‖change‖", "rank", "module"],
+            [[f"{e.relative:.4f}", f"{e.norm:.4g}", str(e.rank), name] for name, e in largest[:_LISTED]],
+        )
+        rows: list[tuple[str, object]] = []
         if len(largest) > _LISTED:
-            lines.append(f"… {len(largest) - _LISTED} modules with smaller errors: {REPORT}")
+            rows.append(("others", f"{len(largest) - _LISTED} modules with smaller errors: {REPORT}"))
         if self.left_out:
             norm = sum(value**2 for value in self.left_out.values()) ** 0.5
-            lines.append(f"left out  {len(self.left_out)} changes of norm {norm:.4g} that no LoRA can hold")
-        lines += [
-            f"in all    {self.relative_error:.4f} of the change is not in the LoRA",
-            f"LoRA      {self.file}",
-            f"took      {self.seconds:.1f} s",
+            rows.append(
+                ("left out", f"{len(self.left_out)} changes of norm {norm:.4g} that no LoRA can hold")
+            )
+        rows += [
+            ("in all", f"{self.relative_error:.4f} of the change is not in the LoRA"),
+            ("LoRA", self.file),
+            ("took", f"{self.seconds:.1f} s"),
         ]
-        return "\n".join(lines)
+        return f"{modules}\n{fact_table(rows)}"
 
 
 def extract(config: ExtractConfig) -> ExtractSummary:
@@ -147,9 +153,8 @@ def low_rank_difference(
     updates: dict[str, LoraUpdate] = {}
     errors: dict[str, LayerError] = {}
     left_out: dict[str, float] = {}
-    for name, before, path in read_weights(base):
-        if not changes_music(name):
-            continue
+    weights = [one for one in read_weights(base) if changes_music(one[0])]
+    for name, before, path in Progress("comparing", len(weights), "weights").over(weights):
         difference = _difference(before, changed[name], device)
         if not difference.isfinite().all():
             raise InputError(

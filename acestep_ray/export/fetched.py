@@ -12,15 +12,15 @@ from pathlib import Path
 import yaml
 
 from acestep_ray.export.reading import LORA_FILE, PEFT_CONFIG, PEFT_FILE
-from acestep_ray.export.source import SETTINGS_FILE, checkpoint_folder
+from acestep_ray.export.source import checkpoint_folder
 from acestep_ray.plain_yaml import load_yaml
+from acestep_ray.reporting.curves import EVENTS
 from acestep_ray.storage import Store, StoredFile, is_url
 from acestep_ray.storage.folders import download_files, told_of
-from acestep_ray.training.experiment import CHECKPOINTS
+from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 from acestep_ray.training.state import STATE_FILE
 
 _STEP = re.compile(r"step=\d+")
-_EVENTS = "events.out.tfevents."
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def _fetch_run(experiment: Store, names: list[str], folder: Path, below: str, ch
         download_files(experiment, files, folder)
     logs = _logs_of(experiment, folder)
     if logs is not None:
-        events = [name for name in logs.names() if name.startswith(_EVENTS)]
+        events = [name for name in logs.names() if name.startswith(EVENTS)]
         download_files(logs, events, folder.parent / "logs" / experiment.name)
 
 

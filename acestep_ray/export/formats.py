@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -60,7 +61,7 @@ def universal_bytes(
     return _universal(updates, "", dtype, {"format": "pt", **(notes or {})})[LORA_FILE]
 
 
-def peft_metadata(updates: Updates) -> dict:
+def peft_metadata(updates: Updates) -> dict[str, Any]:
     """The fields of PEFT's `LoraConfig` that describe the matrices: alpha is the rank, for the scale is in them."""
     ranks = {module: update.rank for module, update in updates.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -104,7 +105,7 @@ def _comfyui(updates: Updates, name: str, dtype: torch.dtype, metadata: Notes) -
 
 
 def _kohya(updates: Updates, name: str, dtype: torch.dtype, metadata: Notes) -> dict[str, bytes]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module, update in updates.items():
         a, b = _matrices(module, update, dtype)
         key = f"lora_unet_{flattened(module)}"
@@ -127,7 +128,7 @@ FORMATS: dict[str, Callable[[Updates, str, torch.dtype, Notes], dict[str, bytes]
 
 
 def _tensors(updates: Updates, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module, update in updates.items():
         name = key.format(module=module)
         a, b = _matrices(module, update, dtype)

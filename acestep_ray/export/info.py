@@ -11,6 +11,7 @@ from typing import Any
 from acestep_ray.export.card import NOTES_KEY
 from acestep_ray.export.fetched import fetched_lora
 from acestep_ray.export.lora import ADAPTER_NAME
+from acestep_ray.export.names import short_name
 from acestep_ray.export.reading import METADATA_KEY, LoraFile
 from acestep_ray.export.source import open_source
 from acestep_ray.storage import is_url
@@ -75,8 +76,7 @@ def lora_figures(lora: LoraFile) -> dict[str, Any]:
 
 def targets(lora: LoraFile) -> dict[str, int]:
     """How many modules there are of each name: its last part, or two where the last is a number or `conv`."""
-    last = re.compile(r"[^.]+\.(?:\d+|conv)$|[^.]+$")
-    return dict(sorted(Counter(last.search(name)[0] for name in lora.updates).items()))
+    return dict(sorted(Counter(map(short_name, lora.updates)).items()))
 
 
 def norm_table(lora: LoraFile) -> list[str]:

@@ -16,6 +16,7 @@ from acestep_ray.export.source import Source, open_source
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, fetched, is_url, output_folder
+from acestep_ray.terminal import fact_table
 
 
 @dataclass
@@ -37,18 +38,18 @@ class ExportSummary:
         """The summary as text."""
         loras = self.source.loras.values()
         ranks = sorted({update.rank for lora in loras for update in lora.updates.values()})
-        lines = [
-            *(f"from     {lora.place} ({len(lora.updates)} modules)" for lora in loras),
-            f"rank     {', '.join(map(str, ranks))}",
-            f"format   {self.format_name}",
-            *(f"wrote    {Store.at(self.directory).url_of(name)}" for name in self.files),
+        rows: list[tuple[str, object]] = [
+            *(("from", f"{lora.place} ({len(lora.updates)} modules)") for lora in loras),
+            ("rank", ", ".join(map(str, ranks))),
+            ("format", self.format_name),
+            *(("wrote", Store.at(self.directory).url_of(name)) for name in self.files),
         ]
         if self.planned:
-            lines.append(f"dry run  nothing was uploaded; {self.repository} would get")
-            lines += [f"           {line}" for line in self.planned]
+            told = [f"nothing was uploaded; {self.repository} would get", *self.planned]
+            rows.append(("dry run", "\n  ".join(told)))
         elif self.repository is not None:
-            lines.append(f"uploaded {self.repository}")
-        return "\n".join(lines)
+            rows.append(("Hub", f"uploaded {self.repository}"))
+        return fact_table(rows)
 
 
 def export(config: ExportConfig) -> ExportSummary:
@@ -61,7 +62,9 @@ def export(config: ExportConfig) -> ExportSummary:
             checkpoint=config.checkpoint,
             fetched_from=config.input_path if is_url(config.input_path) else None,
         )
-        facts = None if source.experiment is None else read_run(source.experiment, source.step)
+        facts = None
+        if source.experiment is not None and source.step is not None:
+            facts = read_run(source.experiment, source.step)
     if config.checkpoint_dir is not None:
         base = CheckpointDir.open(config.checkpoint_dir).path / TRANSFORMER
         shapes = {name: tuple(tensor.shape) for name, tensor, _ in read_weights(base)}
@@ -75,7 +78,7 @@ def export(config: ExportConfig) -> ExportSummary:
             config.format,
             name=source.label + (f"-{adapter}" if folder else ""),
             dtype=DTYPES[config.dtype],
-            notes=facts and facts.notes(),
+            notes=None if facts is None else facts.notes(),
         )
         files |= {f"{folder}{name}": content for name, content in written.items()}
     with output_folder(config.output_dir, last=files) as partial:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from acestep_ray.errors import InputError
 from acestep_ray.export.formats import universal_bytes
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate, find_lora_file, read_lora
-from acestep_ray.export.reading import METADATA_KEY as METADATA_KEY
 from acestep_ray.models.transformer import is_unused_parameter
 
 ADAPTER_NAME = "lora_adapter"
@@ -38,11 +38,17 @@ def lora_updates(model: nn.Module, adapter: str) -> dict[str, LoraUpdate]:
     """What the adapter makes of each module's weight, on the CPU."""
     updates = {}
     for name, layer in lora_layers(model, adapter).items():
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight * layer.scaling[adapter]
-        vectors = layer.lora_magnitude_vector
-        magnitude = vectors[adapter].weight if adapter in vectors else None
+        a, b, magnitude = lora_weights(layer, adapter)
+        b = b * layer.scaling[adapter]
         updates[name] = LoraUpdate(_on_cpu(a), _on_cpu(b), None if magnitude is None else _on_cpu(magnitude))
     return updates
+
+
+def lora_weights(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The adapter's own matrices A (rank, in) and B (out, rank) of a layer, and of a DoRA its magnitudes (out,)."""
+    a, b = (cast(nn.Linear, matrices[adapter]).weight for matrices in (layer.lora_A, layer.lora_B))
+    vectors = layer.lora_magnitude_vector
+    return a, b, cast(Tensor, vectors[adapter].weight) if adapter in vectors else None
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -63,24 +69,10 @@ def lora_files(model: nn.Module) -> dict[str, bytes]:
     }
 
 
-def write_lora(directory: Path, model: nn.Module, adapter: str) -> Path:
-    """Write the adapter as `pytorch_lora_weights.safetensors` into `directory`; returns the file."""
-    path = directory / LORA_FILE
-    path.write_bytes(lora_bytes(model, adapter))
-    return path
-
-
-def merge_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
-    """Change the model's own weights as a LoRA file says: W + weight · (W' − W), where W' is W + B A, or DoRA's.
-
-    Raises InputError for a file that is no LoRA, or is one for another model.
-    """
-    merge_loras(model, [(path, weight)])
-
-
 @torch.no_grad()
 def merge_loras(model: nn.Module, loras: Sequence[tuple[str | Path, float]]) -> None:
-    """Change the model's own weights as several LoRA files say, each with its strength; their order does not matter.
+    """Change the model's own weights as LoRA files say, each with its strength: W + strength · (W' − W), where W' is
+    W + B A, or DoRA's. Their order does not matter.
 
     Nothing is changed before all were found to fit. Raises InputError for a file that is no LoRA, or is one for another
     model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -21,6 +22,7 @@ from acestep_ray.export.transformer import WeightInfo, parse_size, write_weights
 from acestep_ray.models.checkpoint import LYRIC_VOCAB, PARTS, TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, is_url, output_folder
+from acestep_ray.terminal import Progress, fact_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECORD = "merged.json"
@@ -55,13 +57,13 @@ class MergeSummary:
 
     def render(self) -> str:
         """The summary as text."""
-        lines = [f"LoRA        {lora.place} at strength {lora.weight:g}" for lora in self.loras]
-        return "\n".join(
+        size = f"{self.num_bytes / 1e6:,.1f} MB in {self.files} files"
+        return fact_table(
             [
-                *lines,
-                f"changed     {self.changed} weights",
-                f"checkpoint  {self.directory} (transformer: {self.num_bytes / 1e6:,.1f} MB in {self.files} files)",
-                f"took        {self.seconds:.1f} s",
+                *(("LoRA", f"{lora.place} at strength {lora.weight:g}") for lora in self.loras),
+                ("changed", f"{self.changed} weights"),
+                ("checkpoint", f"{self.directory} (transformer: {size})"),
+                ("took", f"{self.seconds:.1f} s"),
             ]
         )
 
@@ -91,7 +93,10 @@ def merge(config: MergeConfig) -> MergeSummary:
         for name, update in lora.updates.items():
             changes.setdefault(f"{name}.weight", []).append((update, lora.weight))
 
+    progress, written = Progress("merging", len(infos), "weights"), itertools.count(1)
+
     def change(name: str, weight: Tensor) -> Tensor:
+        progress.update(next(written))
         return merged_weight(weight, changes[name]) if name in changes else weight
 
     with output_folder(config.output_dir, last=[RECORD]) as folder:
@@ -101,7 +106,8 @@ def merge(config: MergeConfig) -> MergeSummary:
         transformer = folder / TRANSFORMER
         transformer.mkdir()
         shutil.copyfile(base / "config.json", transformer / "config.json")
-        write_weights(transformer, infos, base, change, largest_file=largest_file)
+        with progress:
+            write_weights(transformer, infos, base, change, largest_file=largest_file)
         record = {
             "loras": [{"name": lora.path.name, "weight": lora.weight} for lora in loras],
             "dtype": config.dtype,

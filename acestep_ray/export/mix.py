@@ -16,6 +16,7 @@ from acestep_ray.export.low_rank import LayerError, reduced, total_relative_erro
 from acestep_ray.export.merge import Strength, read_strengths
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate
 from acestep_ray.storage import Store, check_new, output_folder
+from acestep_ray.terminal import fact_table
 
 
 @dataclass
@@ -34,13 +35,13 @@ class MixSummary:
     def render(self) -> str:
         """The summary as text."""
         least, largest = self.ranks
-        return "\n".join(
+        return fact_table(
             [
-                *(f"LoRA   {lora.place} at strength {lora.weight:g}" for lora in self.loras),
-                f"rank   {least if least == largest else f'{least} to {largest}'}",
-                f"error  {self.relative_error:.4f} of the sum is not in the mixture",
-                f"file   {self.file}",
-                f"took   {self.seconds:.1f} s",
+                *(("LoRA", f"{lora.place} at strength {lora.weight:g}") for lora in self.loras),
+                ("rank", least if least == largest else f"{least} to {largest}"),
+                ("error", f"{self.relative_error:.4f} of the sum is not in the mixture"),
+                ("file", self.file),
+                ("took", f"{self.seconds:.1f} s"),
             ]
         )
 

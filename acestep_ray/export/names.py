@@ -8,15 +8,11 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from acestep_ray.models.transformer import (
-    ACEStepTransformer,
-    PointwiseConv,
-    TransformerConfig,
-    is_unused_parameter,
-)
+from acestep_ray.models.transformer import ACEStepTransformer, PointwiseConv, is_unused_parameter
+from acestep_ray.models.transformer_config import TransformerConfig
 
 # They are in the model for the SSL losses alone.
-_WITHOUT_EFFECT = "projectors."
+_WITHOUT_EFFECT = "projectors"
 
 
 def is_module(name: str) -> bool:
@@ -36,7 +32,14 @@ def can_have_lora(name: str) -> bool:
 
 def changes_music(name: str) -> bool:
     """Whether a module or parameter has a part in the velocity."""
-    return not name.startswith(_WITHOUT_EFFECT) and not is_unused_parameter(name)
+    return name.split(".")[0] != _WITHOUT_EFFECT and not is_unused_parameter(name)
+
+
+def short_name(name: str) -> str:
+    """What a module is called in `target_modules`: the last part of its name, or two if that is a number or `conv`."""
+    before, _, last = name.rpartition(".")
+    is_telling = last != "conv" and not last.isdecimal()
+    return last if is_telling or not before else f"{before.rpartition('.')[2]}.{last}"
 
 
 def flattened(name: str) -> str:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -261,7 +262,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
-def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict, str | None]:
+def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str | None]:
     """The fields of PEFT's `LoraConfig` that the LoRA was trained with, as far as they are known, and their place."""
     described, source = metadata.get(METADATA_KEY), "metadata"
     if path.name == PEFT_FILE:
@@ -292,7 +293,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict, str | N
     return config, source if "lora_alpha" in config else None
 
 
-def _check_parts(modules: Mapping[str, Mapping[str, Tensor]], config: Mapping, path: Path) -> None:
+def _check_parts(modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], path: Path) -> None:
     """Raise InputError for a module whose tensors are no whole LoRA, or hold numbers that are not finite."""
     for name, parts in modules.items():
         if "lora_A" not in parts or "lora_B" not in parts:
@@ -324,12 +325,12 @@ def _update(parts: Mapping[str, Tensor], scale: float) -> LoraUpdate:
     return LoraUpdate(a, b * scale, None if magnitude is None else magnitude.flatten())
 
 
-def _scale(name: str, parts: Mapping[str, Tensor], config: Mapping, path: Path) -> float:
+def _scale(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> float:
     rank = parts["lora_A"].shape[0]
     if "alpha" in parts:
         return parts["alpha"].item() / rank
     alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.get("lora_alpha", rank))
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha", rank))
     if not isinstance(alpha, (int, float)):
         raise InputError(f"the LoRA's `lora_alpha` is {alpha!r}", where=str(path))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

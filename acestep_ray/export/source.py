@@ -12,10 +12,9 @@ from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import is_module
 from acestep_ray.export.reading import LORA_FILE, PEFT_FILE, LoraFile, find_lora_file, open_lora, some
 from acestep_ray.storage import Store
-from acestep_ray.training.experiment import CHECKPOINTS
+from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints, DamagedCheckpointError, best_step
 
-SETTINGS_FILE = "train.yaml"
 _STEP = re.compile(r"step=(\d+)")
 
 
@@ -59,7 +58,7 @@ def open_source(
         files, experiment, step = {ADAPTER_NAME: find_lora_file(path)}, None, None
     else:
         files = _files_of_checkpoint(folder)
-        experiment, step = folder.resolve().parent.parent, int(_STEP.fullmatch(folder.name)[1])
+        experiment, step = folder.resolve().parent.parent, _step_of(folder)
     loras = {adapter: open_lora(file) for adapter, file in files.items()}
     for lora in loras.values():
         check_is_ace_step(lora)
@@ -114,10 +113,14 @@ def checkpoint_folder(path: Path, chosen: str) -> Path | None:
     return folder / f"step={step}"
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step="))
+
+
 def _files_of_checkpoint(folder: Path) -> dict[str, Path]:
     """The LoRA files of a training checkpoint by adapter, each found to be what was written."""
     checkpoints = Checkpoints(Store.at(folder.parent))
-    step = int(_STEP.fullmatch(folder.name)[1])
+    step = _step_of(folder)
     try:
         noted = checkpoints.read_state(step)["files"]
     except (DamagedCheckpointError, FileNotFoundError) as error:

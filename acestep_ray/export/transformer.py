@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def _file_name(number: int, count: int) -> str:
 
 def _header(infos: Mapping[str, WeightInfo]) -> tuple[bytes, dict[str, int]]:
     """The beginning of a safetensors file, and where in the file each tensor begins."""
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     # Readers want every tensor at a multiple of its element's size: the largest elements come first.
     for name, info in sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize):

@@ -15,7 +15,8 @@ from acestep_ray.models.codec import MusicCodec
 from acestep_ray.models.fingerprints import noted_sha256
 from acestep_ray.models.ssl import SSLEncoder
 from acestep_ray.models.text_encoder import TextEncoder
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig, is_unused_parameter
+from acestep_ray.models.transformer import ACEStepTransformer, is_unused_parameter
+from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.models.vocoder import VocoderConfig
 from acestep_ray.models.weights import build_on_meta, check_weight_file, load_weights, read_json, weight_files
 from acestep_ray.storage import is_url

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from acestep_ray.models.transformer import PATCH_CHANNELS_PER_INPUT, TIMESTEP_CHANNELS, TransformerConfig
+from acestep_ray.models.transformer import PATCH_CHANNELS_PER_INPUT, TIMESTEP_CHANNELS
+from acestep_ray.models.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True)

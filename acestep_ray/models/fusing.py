@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from acestep_ray.models.kernels import triton_kernels
+from acestep_ray.models.kernels import runs_triton
 from acestep_ray.models.transformer import ACEStepTransformer
 
 
@@ -41,6 +41,6 @@ def why_not_fused(head_size: int, device: torch.device) -> str | None:
         return (
             f"its compute capability is {capability[0]}.{capability[1]}, the kernels need 8.0 (A100) or later"
         )
-    if triton_kernels(torch.empty(0, device=device)) is None:
+    if not runs_triton(torch.empty(0, device=device)):
         return "Triton compiles nothing here"
     return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +17,26 @@ from torch import Tensor
 ATTENTION_EPS = 1e-15
 
 
-def triton_kernels(x: Tensor) -> ModuleType | None:
-    """The Triton kernels for the device of `x`; None where plain torch does the work."""
-    return _compiled_kernels() if x.is_cuda else None
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton kernels do the work on the device of `x`; elsewhere plain torch does."""
+    return x.is_cuda and _compiles()
 
 
 @functools.cache
-def _compiled_kernels() -> ModuleType | None:
+def _compiles() -> bool:
     """Tried once in a process: Triton needs a C compiler and a GPU that it knows."""
     try:
-        from acestep_ray.models import triton_kernels as kernels
+        from acestep_ray.models import codec_kernels
 
         x = torch.zeros(1, 1, 1, 16, device="cuda", dtype=torch.float16)
-        kernels.bias_silu_(x, x.flatten(), None)
+        codec_kernels.bias_silu_(x, x.flatten(), None)
     except Exception as error:  # whatever the compiler, the driver or the import raise
         warnings.warn(
             f"Triton compiles nothing here ({type(error).__name__}: {error}); the encoders run several times slower",
             stacklevel=2,
         )
-        return None
-    return kernels
+        return False
+    return True
 
 
 def column_mask(x: Tensor, widths: Tensor) -> Tensor:
@@ -53,8 +52,10 @@ def masked(x: Tensor, widths: Tensor | None) -> Tensor:
 
 def first_convolution(mel: Tensor, weight: Tensor, bias: Tensor, widths: Tensor | None) -> Tensor:
     """A 3×3 convolution of mel (B, channels, H, W) into an image of the weight's dtype, masked."""
-    if kernels := triton_kernels(mel):
-        return kernels.first_convolution(mel, weight, bias, widths)
+    if runs_triton(mel):
+        from acestep_ray.models import codec_kernels
+
+        return codec_kernels.first_convolution(mel, weight, bias, widths)
     if widths is not None:
         mel = torch.where(
             torch.arange(mel.shape[-1], device=mel.device) < widths[:, None, None, None], mel, 0
@@ -65,8 +66,10 @@ def first_convolution(mel: Tensor, weight: Tensor, bias: Tensor, widths: Tensor 
 
 def bias_silu_(x: Tensor, bias: Tensor, widths: Tensor | None) -> Tensor:
     """silu(x + bias), masked; may write over `x`."""
-    if kernels := triton_kernels(x):
-        return kernels.bias_silu_(x, bias, widths)
+    if runs_triton(x):
+        from acestep_ray.models import codec_kernels
+
+        return codec_kernels.bias_silu_(x, bias, widths)
     return masked(F.silu(x + bias), widths)
 
 
@@ -74,8 +77,10 @@ def add_rms_norm_(
     residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, widths: Tensor | None
 ) -> Tensor:
     """residual + RMSNorm(x), over the channels and in float32, masked; may write over `x`."""
-    if kernels := triton_kernels(x):
-        return kernels.add_rms_norm_(residual, x, weight, bias, eps, widths)
+    if runs_triton(x):
+        from acestep_ray.models import codec_kernels
+
+        return codec_kernels.add_rms_norm_(residual, x, weight, bias, eps, widths)
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return masked((scaled * weight + bias + residual).to(x.dtype), widths)
@@ -86,16 +91,20 @@ def add_halved_(x: Tensor, convolved: Tensor, bias: Tensor, group: int, widths: 
 
     The shortcut of x (B, H, W, C) is the mean over each `group` neighbouring channels of pixel_unshuffle(x, 2).
     """
-    if kernels := triton_kernels(x):
-        return kernels.add_halved_(x, convolved, bias, group, widths)
+    if runs_triton(x):
+        from acestep_ray.models import codec_kernels
+
+        return codec_kernels.add_halved_(x, convolved, bias, group, widths)
     shuffled = F.pixel_unshuffle(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     return masked(convolved + bias + shuffled.unflatten(-1, (-1, group)).mean(dim=-1), widths)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, widths: Tensor | None) -> Tensor:
     """A depthwise K×K convolution with `weight` (C, 1, K, K), K odd; what lies past a song's end is read as zero."""
-    if kernels := triton_kernels(x):
-        return kernels.depthwise(x, weight, bias, widths, gated=False)
+    if runs_triton(x):
+        from acestep_ray.models import codec_kernels
+
+        return codec_kernels.depthwise(x, weight, bias, widths, gated=False)
     image = masked(x, widths).permute(0, 3, 1, 2)
     out = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return out.permute(0, 2, 3, 1).contiguous()
@@ -103,8 +112,10 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, widths: Tensor | N
 
 def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, widths: Tensor | None) -> Tensor:
     """`depthwise` of silu(x), then the first half of the channels times SiLU of the second: (B, H, W, C / 2)."""
-    if kernels := triton_kernels(x):
-        return kernels.depthwise(x, weight, bias, widths, gated=True)
+    if runs_triton(x):
+        from acestep_ray.models import codec_kernels
+
+        return codec_kernels.depthwise(x, weight, bias, widths, gated=True)
     hidden, gate = depthwise(F.silu(x), weight, bias, widths).chunk(2, dim=-1)
     return hidden * F.silu(gate)
 
@@ -117,8 +128,10 @@ def linear_attention(
     Each scale is an image whose channels are, head by head, a query, a key and a value of `head_dim` channels, and the
     weight (C, head_dim, 1, 1) of a 1×1 convolution in groups of `head_dim` that comes first, or None.
     """
-    if kernels := triton_kernels(scales[0][0]):
-        return kernels.linear_attention(scales, head_dim, widths)
+    if runs_triton(scales[0][0]):
+        from acestep_ray.models import codec_attention_kernels
+
+        return codec_attention_kernels.linear_attention(scales, head_dim, widths)
     joined = [
         image if weight is None else _grouped_linear(image, weight.flatten(1)) for image, weight in scales
     ]
@@ -148,8 +161,10 @@ def log_mel(spectrum: Tensor, filters: Tensor, used_bins: int, *, floor: float, 
 
     Natural logarithm of the filtered magnitudes √(re² + im² + eps), not under `floor`.
     """
-    if kernels := triton_kernels(filters):
-        return kernels.log_mel(spectrum.contiguous(), filters, used_bins, floor, eps)
+    if runs_triton(filters):
+        from acestep_ray.models import mel_kernels
+
+        return mel_kernels.log_mel(spectrum.contiguous(), filters, used_bins, floor, eps)
     magnitude = torch.sqrt(spectrum.real.square() + spectrum.imag.square() + eps)
     return torch.log((filters @ magnitude.transpose(1, 2)).clamp(min=floor))
 
@@ -158,8 +173,10 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, added: Tensor | None = None, gelu: bool = False
 ) -> Tensor:
     """Layer norm of x + added over the last dimension, then GELU if asked; in 16 bits its tanh form."""
-    if kernels := triton_kernels(x):
-        return kernels.layer_norm(x, added, weight, bias, eps, gelu)
+    if runs_triton(x):
+        from acestep_ray.models import hubert_kernels
+
+        return hubert_kernels.layer_norm(x, added, weight, bias, eps, gelu)
     if added is not None:
         x = x + added
     x = F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -183,15 +200,18 @@ def wave_layer(
 
     The norm is over the channels, or, `over_time`, each channel's over its chunk.
     """
-    kernels = triton_kernels(chunks)
-    if kernels and not over_time:
-        return kernels.wave_layer(chunks, taps, conv_bias, weight, bias, eps, stride, True, dtype)
     patches = chunks.unfold(1, taps.shape[1], stride)  # (N, frames, width)
-    if kernels:
+    if runs_triton(chunks):
+        from acestep_ray.models import hubert_kernels
+
+        if not over_time:
+            return hubert_kernels.wave_layer(chunks, taps, conv_bias, weight, bias, eps, stride, True, dtype)
         mean, variance = _filtered_moments(patches, taps)
         gain = torch.rsqrt(variance + eps) * weight
         # A bias before this norm moves the mean and changes nothing.
-        return kernels.wave_layer(chunks, taps, None, gain, bias - mean * gain, eps, stride, False, dtype)
+        return hubert_kernels.wave_layer(
+            chunks, taps, None, gain, bias - mean * gain, eps, stride, False, dtype
+        )
     x = F.linear(patches, taps, conv_bias)
     if over_time:
         variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)

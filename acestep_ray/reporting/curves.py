@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from acestep_ray.errors import InputError, without_password
+from acestep_ray.plain_json import load_json
+from acestep_ray.storage import Store, is_url
+from acestep_ray.storage.folders import download_files
 from acestep_ray.tracking.mlflow_run import MLflowRun, reason_of, short_requests
+from acestep_ray.training.experiment import MLFLOW_FILE
 
 Curve = Mapping[int, float]
 """Values by step, ascending."""
 
 _Answer = TypeVar("_Answer")
 
-MLFLOW_FILE = "mlflow.json"
+EVENTS = "events.out.tfevents."
+"""How the names of TensorBoard's files begin."""
+
 _REQUEST_SECONDS = 10
 _PASSWORD_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
 _SQLITE = "sqlite:///"
@@ -61,9 +67,30 @@ def find_logs(experiment: Path, logger_dir: str | None, trial: str = "") -> Path
     # The settings' path may be relative to where training was started.
     for logs in (Path(logger_dir or ""), experiment.parent / "logs"):
         folder = logs / experiment.name / trial
-        if logger_dir and any(folder.glob("events.out.tfevents.*")):
+        if logger_dir and any(folder.glob(f"{EVENTS}*")):
             return folder
     return None
+
+
+def read_log(experiment: Path, logger_dir: str | None, trial: str = "") -> Log:
+    """TensorBoard's curves of an experiment, or of a search's trial; none where there are no events.
+
+    Of logs in object storage a copy is read. Raises InputError and StorageError where that cannot be reached.
+    """
+    folder = find_logs(experiment, logger_dir, trial)
+    if folder is not None:
+        return read_events(folder)
+    if logger_dir is None or not is_url(logger_dir):
+        return Log()
+    logs = Store.at(logger_dir).child(experiment.name)
+    names = [name for name in logs.names(trial) if PurePosixPath(name).name.startswith(EVENTS)]
+    if not trial:  # a search's own folder holds those of its trials
+        names = [name for name in names if "/" not in name]
+    if not names:
+        return Log()
+    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as copy:
+        download_files(logs, names, Path(copy))
+        return read_events(Path(copy, trial))
 
 
 def read_events(folder: Path) -> Log:
@@ -129,7 +156,7 @@ def read_mlflow_curves(experiment: Path) -> Log:
 def _noted_run(experiment: Path) -> MLflowRun | None:
     noted = experiment / MLFLOW_FILE
     try:
-        return MLflowRun(**json.loads(noted.read_text(encoding="utf-8")))
+        return MLflowRun(**load_json(noted.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

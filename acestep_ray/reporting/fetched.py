@@ -9,14 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from acestep_ray.export.source import SETTINGS_FILE
 from acestep_ray.plain_yaml import load_yaml
+from acestep_ray.reporting.curves import EVENTS
 from acestep_ray.storage import Store, is_url
 from acestep_ray.storage.folders import download_files, told_of
-from acestep_ray.training.experiment import CHECKPOINTS
+from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 
 _TENSORS = ".safetensors"
-_EVENTS = "events.out.tfevents."
 
 
 @contextlib.contextmanager
@@ -37,7 +36,7 @@ def fetched_experiment(experiment: Store) -> Iterator[Path]:
         download_files(experiment, names, folder)
         logs = _logs_of(experiment, folder)
         if logs is not None:
-            events = [name for name in logs.names() if name.rpartition("/")[2].startswith(_EVENTS)]
+            events = [name for name in logs.names() if name.rpartition("/")[2].startswith(EVENTS)]
             download_files(logs, events, folder.parent / "logs" / experiment.name)
         with told_of(experiment, folder):
             yield folder

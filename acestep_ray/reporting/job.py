@@ -12,8 +12,9 @@ from acestep_ray.reporting.run import is_run, read_run
 from acestep_ray.reporting.run_page import write_run
 from acestep_ray.reporting.samples import add_sample
 from acestep_ray.reporting.search_page import is_search, write_search
-from acestep_ray.reporting.sections import size_of
 from acestep_ray.storage import Store
+from acestep_ray.terminal import fact_table
+from acestep_ray.units import size_text
 
 PAGE_FILE = "report.html"
 _MUSIC = "music.wav"
@@ -32,8 +33,8 @@ class ReportSummary:
 
     def render(self) -> str:
         """The summary as text."""
-        lines = [f"report   {self.page} ({size_of(self.num_bytes)})"]
-        return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
+        page = ("report", f"{self.page} ({size_text(self.num_bytes)})")
+        return fact_table([page, *(("note", note) for note in self.notes)])
 
 
 def report(experiment: str, output: str | None = None) -> ReportSummary:

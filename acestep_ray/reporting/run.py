@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,23 +10,20 @@ from typing import Any
 import yaml
 
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.export.source import SETTINGS_FILE
+from acestep_ray.plain_json import load_json
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import (
     Log,
     TrackedRun,
-    find_logs,
-    read_events,
+    read_log,
     read_mlflow,
     read_mlflow_curves,
 )
 from acestep_ray.reporting.plots import TRAINING
 from acestep_ray.storage import StorageError, Store
-from acestep_ray.training.experiment import CHECKPOINTS, IDENTITY_FILE, only_run
+from acestep_ray.training.experiment import CHECKPOINTS, IDENTITY_FILE, SAMPLES, SETTINGS_FILE, only_run
 from acestep_ray.training.state import Checkpoints, DamagedCheckpointError, best_step
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
-
-SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def read_run(experiment: Path, place: str | None = None) -> Run:
     place = place or str(experiment)
     missing: list[str] = []
     settings = _mapping(experiment / SETTINGS_FILE, load_yaml, missing)
-    identity = _mapping(experiment / IDENTITY_FILE, json.loads, missing)
+    identity = _mapping(experiment / IDENTITY_FILE, load_json, missing)
     store = _or_missing(
         lambda: _checkpoint_store(place, settings), Store.at(place).child(CHECKPOINTS), missing
     )
@@ -190,8 +186,8 @@ def _or_missing(read: Callable[[], Any], default: Any, missing: list[str]) -> An
 
 
 def _read_log(experiment: Path, settings: Mapping[str, Any], missing: list[str]) -> Log:
-    folder = find_logs(experiment, settings.get("logger_dir") or str(experiment.parent / "logs"))
-    log = Log() if folder is None else read_events(folder)
+    logger_dir = settings.get("logger_dir") or str(experiment.parent / "logs")
+    log = _or_missing(lambda: read_log(experiment, logger_dir), Log(), missing)
     if not log.curves:
         log = _or_missing(lambda: read_mlflow_curves(experiment), log, missing)
     if not log.curves:

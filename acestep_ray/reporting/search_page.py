@@ -11,14 +11,15 @@ from typing import Any
 import yaml
 
 from acestep_ray import __version__
-from acestep_ray.export.source import SETTINGS_FILE
+from acestep_ray.errors import AceStepError
 from acestep_ray.plain_yaml import load_yaml
-from acestep_ray.reporting.curves import find_logs, read_events
+from acestep_ray.reporting.curves import read_log
 from acestep_ray.reporting.page import Page
 from acestep_ray.reporting.plots import TRAINING, draw_losses, draw_trials
 from acestep_ray.reporting.run import is_under_way
 from acestep_ray.reporting.sections import add_lora, add_settings, add_songs
 from acestep_ray.storage import Store
+from acestep_ray.training.experiment import SETTINGS_FILE
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 _TRIALS = "trials"
@@ -85,11 +86,14 @@ def write_search(page: Page, folder: Path, place: str | None = None) -> None:
 def _add_best_curves(page: Page, folder: Path, trial: str, settings: dict[str, Any]) -> None:
     """The losses of the best trial, where its log is at hand."""
     logger_dir = settings.get("logger_dir") or str(folder.parent / "logs")
-    found = find_logs(folder, logger_dir, trial)
-    if found is None:
+    try:
+        log = read_log(folder, logger_dir, trial)
+    except (AceStepError, OSError) as error:
+        page.note(f"TensorBoard's events of {trial}, the best, cannot be read: {error}")
+        return
+    if not log.curves:
         page.note(f"TensorBoard's events of {trial}, the best, are not at hand.")
         return
-    log = read_events(found)
     named = {
         TRAINING: log["loss"],
         "fixed noise": log[f"loss/{FIXED_NOISE}"],

@@ -19,6 +19,7 @@ from acestep_ray.reporting.run import Run
 from acestep_ray.reporting.samples import spread
 from acestep_ray.reporting.songs import LENGTH_SECONDS, count_songs
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
+from acestep_ray.units import size_text
 
 ROWS = 20
 """Of a table with a row for each validation or checkpoint."""
@@ -170,7 +171,7 @@ def add_lora(page: Page, place: str, config: Mapping[str, Any]) -> None:
         targets = ", ".join(f"{name} × {count}" for name, count in figures["targets"].items())
         page.facts(
             {
-                "size": size_of(figures["bytes"]),
+                "size": size_text(figures["bytes"]),
                 "parameters": f"{figures['parameters']:,}",
                 "rank": figures["ranks"],
                 "on": targets,
@@ -199,7 +200,7 @@ def add_checkpoints(page: Page, run: Run) -> None:
     rows = [
         [
             one.step,
-            None if one.num_bytes is None else size_of(one.num_bytes),
+            None if one.num_bytes is None else size_text(one.num_bytes),
             fixed.get(one.step),
             held_out.get(one.step),
             one.problem or "whole",
@@ -232,15 +233,6 @@ def add_settings(page: Page, settings: Mapping[str, Any]) -> None:
         rows = [[name, _setting(settings[name])] for name in names]
         if rows:
             page.table(["setting", "value"], rows, align="ll", caption=caption)
-
-
-def size_of(num_bytes: float) -> str:
-    """Bytes as a reader takes them in."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} GB"
 
 
 def _setting(value: Any) -> Any:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from acestep_ray.cache.index import read_manifest
-from acestep_ray.cache.maintenance import cache_stats
 from acestep_ray.cache.schema import REJECT_SCHEMA, table_from_bytes
+from acestep_ray.cache.stats import cache_stats
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
 from acestep_ray.training.scan import SCAN, SCAN_SCHEMA, SONGS, read_songs

@@ -96,6 +96,7 @@ def knows_no_conditions(error: Exception) -> bool:
 
 
 def not_found(url: str) -> FileNotFoundError:
+    """The error of a file that is not there, with its URL."""
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
 
 

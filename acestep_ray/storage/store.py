@@ -102,6 +102,7 @@ class Store:
 
     @property
     def is_local(self) -> bool:
+        """Whether it is a directory on this machine."""
         return self.protocol == "file"
 
     @property
@@ -139,6 +140,7 @@ class Store:
         return Store(self.url_of(name))
 
     def url_of(self, name: str) -> str:
+        """The absolute path or URL of a file; of the empty name, of the directory itself."""
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
     def place_of(self, name: str) -> Path | str:
@@ -146,6 +148,7 @@ class Store:
         return Path(self.url_of(name)) if self.is_local else self.url_of(name)
 
     def file(self, name: str) -> StoredFile:
+        """A file of this directory, there or not."""
         from acestep_ray.storage.stored_file import StoredFile
 
         return StoredFile(self, name)

@@ -31,9 +31,9 @@ def environment_tags() -> dict[str, str]:
     tags["platform"] = platform.platform()
     if torch.cuda.is_available():
         tags["device"] = torch.cuda.get_device_name()
-    package = Path(__file__).resolve().parent
-    tracked = _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is not None
-    checkout = package if tracked else Path()
+    here = Path(__file__).resolve()
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
+    checkout = here.parent if tracked else Path()
     commit = _git(checkout, "rev-parse", "HEAD")
     if commit is not None:
         tags["mlflow.source.git.commit"] = commit

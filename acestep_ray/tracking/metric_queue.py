@@ -64,8 +64,9 @@ class MetricQueue:
     def first(self) -> list[Metric]:
         """The oldest, as many as one request takes."""
         if self._in_file:
-            metrics = [_parsed(line) for line in self._lines(min(self._in_file, REQUEST_METRICS))]
-            if None not in metrics:
+            lines = self._lines(min(self._in_file, REQUEST_METRICS))
+            metrics = [metric for line in lines if (metric := _parsed(line)) is not None]
+            if len(metrics) == len(lines):
                 return metrics
             self._forget_file()
         return list(itertools.islice(self._memory, REQUEST_METRICS))

@@ -82,7 +82,7 @@ def start_mlflow_run(
     uri: str,
     experiment: str,
     run_name: str,
-    params: dict,
+    params: Mapping[str, Any],
     run_id: str | None,
     *,
     tags: Mapping[str, str] | None = None,
@@ -196,7 +196,7 @@ def short_requests(uri: str, seconds: int) -> Iterator[None]:
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
     # Defaults in memory, not `os.environ`: other threads of a training process read the environment in C.
-    values = [
+    values: list[tuple[object, str, int]] = [
         (MLFLOW_HTTP_REQUEST_MAX_RETRIES, "default", 0),
         (MLFLOW_HTTP_REQUEST_TIMEOUT, "default", seconds),
     ]

@@ -99,14 +99,14 @@ class Sender:
     def _work(self) -> None:
         uri, run_id = self._run.tracking_uri, self._run.run_id
         while (work := self._next()) is not None:
-            is_upload = isinstance(work, _Upload)
+            seconds = UPLOAD_REQUEST_SECONDS if isinstance(work, _Upload) else REQUEST_SECONDS
             try:
-                with short_requests(uri, UPLOAD_REQUEST_SECONDS if is_upload else REQUEST_SECONDS):
+                with short_requests(uri, seconds):
                     if self._client is None:
                         from mlflow.tracking import MlflowClient
 
                         self._client = MlflowClient(uri)
-                    if is_upload:
+                    if isinstance(work, _Upload):
                         self._client.log_artifacts(run_id, str(work.directory), work.name)
                     else:
                         self._client.log_batch(run_id, metrics=[_entity(metric) for metric in work])

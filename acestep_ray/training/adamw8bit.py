@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torchao.optim
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 class AdamW8bit(torchao.optim.AdamW8bit):
     """torchao's, which keeps small tensors in float32. Its learning rates are tensors."""
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step; on a CPU without the compiler that torchao's own step would start."""
         on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
         with torch.compiler.set_stance("force_eager" if on_cpu else "default"):

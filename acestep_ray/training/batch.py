@@ -19,8 +19,6 @@ from acestep_ray.cache.schema import CachedSong
 from acestep_ray.diffusion.objective import SSLTarget, TrainingBatch
 from acestep_ray.diffusion.schedule import sigma_index
 
-TAGS_SOURCE = "tags"
-
 
 @dataclass(frozen=True)
 class ConditionDropout:

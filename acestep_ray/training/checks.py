@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +15,9 @@ from acestep_ray.errors import InputError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import Store
-from acestep_ray.training.lora import add_lora, load_lora
-from acestep_ray.training.model import check_fused, check_quantisation, choose_trained, initial_loras
+from acestep_ray.training.initial_lora import initial_loras, load_lora
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.model import check_fused, check_quantisation, choose_trained
 from acestep_ray.training.optim import check_optimizer
 from acestep_ray.training.state import locate_checkpoint
 
@@ -116,12 +119,12 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
     )
 
 
-def check_model(config: TrainConfig, lora: dict | None, checkpoint: CheckpointDir) -> None:
+def check_model(config: TrainConfig, lora: Mapping[str, Any] | None, checkpoint: CheckpointDir) -> None:
     """Raise InputError when what is to be trained is nothing that the model has; needs no weights."""
     with torch.device("meta"):
         transformer = ACEStepTransformer(checkpoint.transformer_config)
         if lora is not None:
-            add_lora(transformer, lora, config.lora_config_path)
+            add_lora(transformer, lora, where=config.lora_config_path or "target_modules")
             for adapter, path in initial_loras(config.init_lora_path, lora).items():
                 load_lora(transformer, path, adapter)
         else:

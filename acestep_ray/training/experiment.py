@@ -15,11 +15,15 @@ from filelock import FileLock, Timeout
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import HeldError, Lease, StorageError, Store
 
 IDENTITY_FILE = "run.json"
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints."""
+SETTINGS_FILE = "train.yaml"
+MLFLOW_FILE = "mlflow.json"
+"""Which run of MLflow it is."""
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+"""Folders of a run's checkpoints, and of the music that it made on the way."""
 FINGERPRINTS = {"dataset": "songs of --dataset_path", "transformer": "transformer of --checkpoint_dir"}
 """What a run's identity calls them."""
 _LOCK_FILE = ".lock"
@@ -103,11 +107,17 @@ def note_identity(experiment: Folder, identity: Mapping[str, Any]) -> None:
 
 
 def read_json(folder: Store, name: str) -> Any:
-    """What a file of a run's folder holds; None where there is no such file."""
+    """What a file of a run's folder holds; None where there is none. Raises InputError for one that is no JSON."""
     try:
-        return json.loads(folder.read_bytes(name))
+        return load_json(folder.read_bytes(name))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise InputError(
+            f"this file of the run does not read ({error})",
+            where=folder.url_of(name),
+            fix="bring it back from a copy, or use another --exp_name",
+        ) from None
 
 
 def write_json(folder: Store, name: str, values: Any) -> None:

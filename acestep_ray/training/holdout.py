@@ -31,7 +31,7 @@ def hold_out(recordings: Sequence[str], count: int | None) -> np.ndarray:
             where=f"--val_songs {count}",
             fix="hold out fewer, or 0",
         )
-    chosen = sorted(range(len(names)), key=lambda i: _hash(names[i]))[:count]
+    chosen = sorted(range(len(names)), key=lambda i: _hash(str(names[i])))[:count]
     return np.flatnonzero(np.isin(group_of_row, chosen))
 
 

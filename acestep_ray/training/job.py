@@ -15,11 +15,12 @@ import yaml
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.config import TrainConfig
-from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.export.transformer import export_transformer
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.ray_runtime import connect
 from acestep_ray.storage import Store, updated_folder
+from acestep_ray.terminal import fact_table
 from acestep_ray.tracking import (
     BUFFER_FILE,
     MLflowRun,
@@ -32,6 +33,9 @@ from acestep_ray.training.checks import check_model, check_train_config
 from acestep_ray.training.experiment import (
     CHECKPOINTS,
     FINGERPRINTS,
+    MLFLOW_FILE,
+    SAMPLES,
+    SETTINGS_FILE,
     check_unchanged,
     make_folder,
     note_identity,
@@ -42,14 +46,13 @@ from acestep_ray.training.experiment import (
 )
 from acestep_ray.training.holdout import hold_out
 from acestep_ray.training.launch import resolve_training_device, run_workers
-from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.lora_config import read_lora_config
 from acestep_ray.training.settings import WorkerSettings
 from acestep_ray.training.songs import find_songs, open_songs
 from acestep_ray.training.state import Checkpoints, best_step
 from acestep_ray.training.worker import build_plan
 
 EXPORT_FOLDER = "ace_step_transformer"
-MLFLOW_FILE = "mlflow.json"
 
 
 @dataclass
@@ -80,30 +83,34 @@ class TrainSummary:
 
     def render(self) -> str:
         """The summary as text."""
-        lines = []
+        rows: list[tuple[str, object]] = []
         if self.finished_before:
-            lines.append(
-                f"already finished at step {self.steps}; raise --max_steps or use another --exp_name"
+            rows.append(
+                (
+                    "note",
+                    f"already finished at step {self.steps}; raise --max_steps or use another --exp_name",
+                )
             )
-        lines.append(f"steps     {self.steps} in {self.wall_seconds:.1f} s")
-        lines.append(f"loss      {self.first_loss:.4f} → {self.last_loss:.4f} (first to last step)")
-        if len(self.fixed_noise) > 1:
-            values = list(self.fixed_noise.values())
-            lines.append(
-                f"fixed     {values[0]:.4f} → {values[-1]:.4f} (same songs, same noise, before and after)"
-            )
-        if len(self.validation) > 1:
-            values = list(self.validation.values())
-            lines.append(f"held out  {values[0]:.4f} → {values[-1]:.4f} (songs that were not trained on)")
+        rows.append(("steps", f"{self.steps} in {self.wall_seconds:.1f} s"))
+        rows.append(("loss", f"{self.first_loss:.4f} → {self.last_loss:.4f} (first to last step)"))
+        for name, losses, of_what in (
+            ("fixed", self.fixed_noise, "same songs, same noise, before and after"),
+            ("held out", self.validation, "songs that were not trained on"),
+        ):
+            if len(losses) > 1:
+                values = list(losses.values())
+                rows.append((name, f"{values[0]:.4f} → {values[-1]:.4f} ({of_what})"))
         if self.stopped_early is not None:
-            lines.append(f"stopped   at step {self.stopped_early}: the validation loss did not fall any more")
+            rows.append(
+                ("stopped", f"at step {self.stopped_early}: the validation loss did not fall any more")
+            )
         if self.best not in (None, self.steps):
-            lines.append(f"best      step {self.best} had the lowest validation loss")
-        lines.append(f"result    {self.result}")
-        lines += [f"sample    {path}" for path in self.samples[-1:]]
+            rows.append(("best", f"step {self.best} had the lowest validation loss"))
+        rows.append(("result", self.result))
+        rows += [("sample", path) for path in self.samples[-1:]]
         if self.tracking_uri is not None:
-            lines.append(f"MLflow    mlflow ui --backend-store-uri {self.tracking_uri}")
-        return "\n".join(lines)
+            rows.append(("MLflow", f"mlflow ui --backend-store-uri {self.tracking_uri}"))
+        return fact_table(rows)
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -119,6 +126,7 @@ def train(config: TrainConfig) -> TrainSummary:
     tracking_uri = mlflow_uri(config.tracking_uri, config.logger_dir)
 
     experiment = Store.at(config.exp_dir).child(config.exp_name)
+    samples = experiment.child(SAMPLES)
     songs = open_songs(config, checkpoint)
     if isinstance(songs, CacheIndex):
         count_steps(songs.latent_frames, config)  # refuses a batch that is too small for a song
@@ -129,19 +137,19 @@ def train(config: TrainConfig) -> TrainSummary:
         connect()
         use_gpu = resolve_training_device(config)
         found = find_songs(songs, checkpoint, config, experiment, use_gpu)
-        held_out = hold_out(found.recordings, config.val_songs)
-        if len(held_out):
+        held_out = hold_out(found.recordings, config.val_songs).tolist()
+        if held_out:
             print(f"{len(held_out)} of {len(found.recordings)} songs are held out for validation", flush=True)
         settings = WorkerSettings(
             config=config,
             lora=lora,
             checkpoints=checkpoints_of(config, experiment),
-            samples=experiment.child("samples"),
+            samples=samples,
             log_dir=log_dir,
             mlflow_run=None,
             total_steps=count_steps(found.latent_frames, config, held_out),
             stream=found.stream,
-            held_out=tuple(held_out.tolist()),
+            held_out=tuple(held_out),
         )
         identity = run_identity(
             config, lora, songs=found.fingerprint, transformer=checkpoint.fingerprint("transformer")
@@ -161,7 +169,7 @@ def train(config: TrainConfig) -> TrainSummary:
         last_loss=losses.get("last", math.nan),
         fixed_noise=losses["fixed_noise"],
         result=find_result(settings, checkpoint, losses["step"], experiment),
-        samples=find_samples(settings.samples),
+        samples=find_samples(samples),
         experiment=experiment,
         tracking_uri=tracking_uri,
         wall_seconds=time.monotonic() - started,
@@ -187,7 +195,7 @@ def count_steps(latent_frames: np.ndarray, config: TrainConfig, held_out: Sequen
     return config.max_steps
 
 
-def finished_losses(settings: WorkerSettings) -> dict | None:
+def finished_losses(settings: WorkerSettings) -> dict[str, Any] | None:
     """The losses of a run that has done all its steps; None for one that has not."""
     state = Checkpoints(settings.checkpoints).latest_state()
     if state is None or (state["step"] < settings.total_steps and "stopped_early" not in state["losses"]):
@@ -200,7 +208,7 @@ def prepare_experiment(
 ) -> WorkerSettings:
     """Note the run's settings, and begin or continue its MLflow run, with what it trains on and with."""
     values = asdict(settings.config)
-    experiment.write_bytes("train.yaml", yaml.safe_dump(values, sort_keys=False).encode())
+    experiment.write_bytes(SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False).encode())
     if tracking_uri is None:
         return settings
     known = read_json(experiment, MLFLOW_FILE) or {}
@@ -227,9 +235,8 @@ def find_result(
 def find_samples(samples: Store) -> list[Path | str]:
     """The sounds that a run has made, by step."""
     names = samples.names(suffix=".wav")
-    return [
-        samples.place_of(name) for name in sorted(names, key=lambda name: int(re.search(r"\d+", name)[0]))
-    ]
+    by_step = [(int(match[1]), name) for name in names if (match := re.match(r"step=(\d+)/", name))]
+    return [samples.place_of(name) for _, name in sorted(by_step)]
 
 
 def send_what_was_kept(experiment: Store, settings: WorkerSettings) -> None:

@@ -20,13 +20,15 @@ from ray.train import CheckpointUploadMode, FailureConfig, RunConfig, ScalingCon
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from acestep_ray.autoscaling import bring_nodes
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.ray_runtime import Console, StopSignal, nodes_with, share_of
+from acestep_ray.ray_runtime import Console, StopSignal, cluster_cpus, nodes_with, share_of
 from acestep_ray.storage import Store
+from acestep_ray.terminal import Progress
 from acestep_ray.tracking import end_mlflow_run
 from acestep_ray.training.leaving import SavingTorchConfig, leaving
-from acestep_ray.training.settings import WorkerPlace, WorkerSettings
+from acestep_ray.training.settings import Say, StepsDone, WorkerPlace, WorkerSettings
 from acestep_ray.training.worker import TrainingDivergedError, train_worker
 
 _SIGNAL_SECONDS = 0.2
@@ -36,16 +38,25 @@ _ELASTIC_START_SECONDS = 5
 
 
 def resolve_training_device(config: TrainConfig) -> bool:
-    """Whether the workers take a GPU each. Raises InputError when there are too few of them."""
-    nodes = [node["Resources"] for node in nodes_with(config.worker_resource, "--worker_resource")]
-    has_gpus = any(node.get("GPU") for node in nodes)
-    use_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
+    """Whether the workers take a GPU each; nodes that are missing are asked of the autoscaler.
+
+    Raises InputError when there are too few all the same.
+    """
+
+    def available(resource: str) -> int:
+        nodes = nodes_with(config.worker_resource, "--worker_resource")
+        return sum(int(node["Resources"].get(resource, 0)) for node in nodes)
+
+    use_gpu = config.device == "cuda" or (config.device == "auto" and available("GPU") > 0)
     resource = "GPU" if use_gpu else "CPU"
-    available = sum(int(node.get(resource, 0)) for node in nodes)
     workers = config.devices * config.num_nodes
-    if available < (config.min_devices or workers):
+    needed = config.min_devices or workers
+    # Workers are placed all or none, and Ray Train would wait for them in silence.
+    if available(resource) < needed and not bring_nodes(
+        [{resource: 1, **share_of(config.worker_resource)}] * needed, lambda: available(resource) >= needed
+    ):
         raise InputError(
-            f"{workers} workers need a {resource} each, and there are {available}",
+            f"{workers} workers need a {resource} each, and there are {available(resource)}",
             where=f"--devices {config.devices}"
             + (f" --num_nodes {config.num_nodes}" * (config.num_nodes > 1))
             + (f" --worker_resource {config.worker_resource}" * (config.worker_resource is not None)),
@@ -54,25 +65,29 @@ def resolve_training_device(config: TrainConfig) -> bool:
     return use_gpu
 
 
-def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
+def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict[str, Any]:
     """Run the loop on Ray Train's workers; returns the first worker's losses.
 
     Raises KeyboardInterrupt where the user ended the run.
     """
     config = settings.config
-    console, stop = Console(), StopSignal()
+    progress = Progress("training", settings.total_steps, "steps")
+    console, stop = Console(partial(show, progress)), StopSignal()
     workers = config.devices * config.num_nodes
+    range_of_workers = (config.min_devices, workers) if is_elastic(config) else workers
     stack = contextlib.ExitStack()
     storage_path, name = stack.enter_context(rays_book(settings.checkpoints))
+    # Not as `train_loop_config`, which Ray Train's controller would unpickle too, seconds of imports for nothing. Ray's
+    # type has it return nothing.
+    work: Callable[[], Any] = partial(run_worker, settings, console.say, stop.asked)
     trainer = TorchTrainer(
-        # Not as `train_loop_config`, which Ray Train's controller would unpickle too, seconds of imports for nothing.
-        partial(run_worker, settings, console.say, stop.asked),
+        work,
         # NCCL moves what is on GPUs; what `cpu_offload` keeps in the host's memory takes gloo.
         torch_config=SavingTorchConfig(
             backend="cpu:gloo,cuda:nccl" if use_gpu and config.cpu_offload else None
         ),
         scaling_config=ScalingConfig(
-            num_workers=(config.min_devices, workers) if is_elastic(config) else workers,
+            num_workers=range_of_workers,  # type: ignore[arg-type]  # mypy takes `ScalingConfig` for the older one
             use_gpu=use_gpu,
             resources_per_worker=reserved_by_worker(settings, use_gpu),
         ),
@@ -84,7 +99,7 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     )
     status = "FAILED"
     try:
-        with stack, console, short_wait_for_lost_nodes(config):
+        with stack, progress, console, short_wait_for_lost_nodes(config):
             result, interrupted = fit_interruptibly(trainer.fit, stop.request)
         outcome = result.return_value
         if isinstance(outcome, AceStepError):
@@ -106,6 +121,14 @@ def run_workers(settings: WorkerSettings, use_gpu: bool) -> dict:
     finally:
         if settings.mlflow_run is not None:
             end_mlflow_run(settings.mlflow_run, status)
+
+
+def show(progress: Progress, told: str | StepsDone) -> None:
+    """Show what a worker tells: how far the run is, or a line."""
+    if isinstance(told, StepsDone):
+        progress.update(told.step, *told.facts)
+    else:
+        print(told, flush=True)
 
 
 def is_elastic(config: TrainConfig) -> bool:
@@ -175,13 +198,13 @@ def reserved_by_worker(settings: WorkerSettings, use_gpu: bool) -> dict[str, flo
     if settings.stream is None or use_gpu:
         return {"GPU" if use_gpu else "CPU": 1, **place} if place else None
     workers = settings.config.devices * settings.config.num_nodes
-    share = ray.cluster_resources()["CPU"] / 2 / workers
+    share = cluster_cpus() / 2 / workers
     return {"CPU": min(1.0, math.floor(share * 1000) / 1000), **place}
 
 
 def run_worker(
-    settings: WorkerSettings, say: Callable[[str], None], asked_to_stop: Callable[[], bool]
-) -> dict | AceStepError:
+    settings: WorkerSettings, say: Say, asked_to_stop: Callable[[], bool]
+) -> dict[str, Any] | AceStepError:
     """What Ray Train runs in each worker.
 
     Our own errors come back as a value, for starting again would not mend them; but not one that the other workers may
@@ -225,10 +248,12 @@ def report_to_ray(metrics: dict[str, float], checkpoint: Store | None) -> None:
 
     Of one in object storage Ray need not know: workers that start again look for it themselves.
     """
-    is_in_book = checkpoint is not None and checkpoint.is_local
+    in_book = None
+    if checkpoint is not None and checkpoint.is_local:
+        in_book = ray.train.Checkpoint(str(checkpoint.path))
     ray.train.report(
         metrics,
-        checkpoint=ray.train.Checkpoint(str(checkpoint.path)) if is_in_book else None,
+        checkpoint=in_book,
         # It is written where it belongs already.
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )

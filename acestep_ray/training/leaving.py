@@ -16,7 +16,7 @@ GRACE_SECONDS = 25.0
 class Leaving:
     """One process's way out. The signal is held back until its work is saved, for `GRACE_SECONDS` at most."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_working = False
         self.saved = threading.Event()
         self._is_asked = False
@@ -69,7 +69,7 @@ class SavingTorchConfig(TorchConfig):
         return SavingTorchBackend
 
 
-class SavingTorchBackend(TorchConfig().backend_cls):
+class SavingTorchBackend(TorchConfig().backend_cls):  # type: ignore[misc]  # public by this property alone
     """Ray Train's setup of torch, and `install_leaving` on every worker."""
 
     def on_training_start(self, worker_group: Any, backend_config: TorchConfig) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,13 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
-from acestep_ray.export.lora import ADAPTER_NAME, find_lora_file
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.fusing import fuse_where_possible
 from acestep_ray.models.quantised import FORMS, quantise_linear_layers
 from acestep_ray.models.transformer import ACEStepTransformer, DepthwiseConv
-from acestep_ray.storage import Store, is_url
-from acestep_ray.training.lora import adapter_configs, add_lora, load_lora
+from acestep_ray.training.initial_lora import initial_loras, load_lora
+from acestep_ray.training.lora import add_lora
 
 AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 """What matrix products are computed in; "32" is not among them."""
@@ -40,7 +40,9 @@ _QUANTISED_PARTS = ("transformer_blocks", "lyric_encoder")
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv)
 
 
-def build_transformer(config: TrainConfig, lora: Mapping | None, device: torch.device) -> ACEStepTransformer:
+def build_transformer(
+    config: TrainConfig, lora: Mapping[str, Any] | None, device: torch.device
+) -> ACEStepTransformer:
     """The base model on `device` with its LoRA, or without one as `choose_trained` leaves it; on every worker alike."""
     home = "cpu" if config.cpu_offload or config.quantize_base != UNQUANTISED else device
     transformer = CheckpointDir.open(config.checkpoint_dir).load_transformer(device=home)
@@ -55,21 +57,6 @@ def build_transformer(config: TrainConfig, lora: Mapping | None, device: torch.d
     fuse_passes(transformer, config, device, is_lora=lora is not None)
     transformer.activation_checkpointing = config.activation_checkpointing
     return transformer
-
-
-def initial_loras(path: str | None, lora: Mapping) -> dict[str, str]:
-    """The LoRA that each adapter starts from, by its name: `path` itself, or for named adapters `path`/NAME.
-
-    Raises InputError where a named adapter has none.
-    """
-    if path is None:
-        return {}
-    adapters = list(adapter_configs(lora))
-    if adapters == [ADAPTER_NAME]:
-        return {ADAPTER_NAME: path}
-    if is_url(path):
-        return {name: Store.at(path).url_of(name) for name in adapters}
-    return {name: str(find_lora_file(Path(path) / name)) for name in adapters}
 
 
 def choose_trained(transformer: ACEStepTransformer, patterns: str | None, *, with_ssl: bool) -> list[str]:
@@ -115,12 +102,12 @@ def store_frozen(transformer: nn.Module, config: TrainConfig, device: torch.devi
 
     What is quantised comes to `device` layer by layer, and then the rest.
     """
-    half = AUTOCAST_DTYPES.get(config.precision)
     if config.quantize_base == UNQUANTISED:
         if config.precision == "bf16-true":
-            _store_frozen_as(transformer, half)
+            _store_frozen_as(transformer, torch.bfloat16)
         return
     quantise_linear_layers(transformer, _QUANTISED_PARTS, config.quantize_base, device)
+    half = AUTOCAST_DTYPES.get(config.precision)
     if half is not None:
         _store_frozen_as(transformer, half)
     transformer.to(device)
@@ -195,19 +182,19 @@ def share_among_workers(
 def shard(transformer: ACEStepTransformer, config: TrainConfig, workers: int, device: torch.device) -> None:
     """Spread the parameters over the workers, block by block; in place."""
     half = AUTOCAST_DTYPES.get(config.precision)
-    options = {
-        "mesh": init_device_mesh(device.type, (workers,)),
+    on_gpu = device.type == "cuda"
+    spread = partial(
+        fully_shard,
+        mesh=init_device_mesh(device.type, (workers,)),
         # Inputs stay as they are: bfloat16 has no room for a timestep.
-        "mp_policy": MixedPrecisionPolicy(
+        mp_policy=MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False
         ),
-        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
-        if config.cpu_offload
-        else OffloadPolicy(),
-    }
+        offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy(),
+    )
     for block in transformer.transformer_blocks:
-        fully_shard(block, **options)
-    fully_shard(transformer, **options)
+        spread(block)
+    spread(transformer)
     # The sampler calls these and not `forward`.
     for method in ("encode_condition", "decode"):
         register_fsdp_forward_method(transformer, method)

@@ -56,10 +56,11 @@ def build_optimizer(
     `name` is one of `OPTIMIZERS`. Raises InputError where torchao is missing.
     """
     parameters = list(parameters)
-    options = {"lr": 0.0, "betas": BETAS, "eps": EPS, "weight_decay": weight_decay}
     if name == ADAMW_8BIT:
-        return _import_adamw8bit().AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, **options, fused=all(p.is_cuda for p in parameters))
+        adamw = _import_adamw8bit().AdamW8bit
+        return adamw(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
+    fused = all(p.is_cuda for p in parameters)
+    return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=fused)
 
 
 def learning_rate_at(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
@@ -85,7 +86,7 @@ def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
     """
     if all(group.get("fused") for group in optimizer.param_groups):
         # As torch.amp.GradScaler tells it.
-        optimizer.found_inf = (~is_finite).float()
+        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # the kernel's own, in no class
         optimizer.step()
     elif is_finite:
         optimizer.step()
@@ -106,7 +107,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: 
 
 def stored_parts(key: str, state: Tensor) -> dict[str, Tensor]:
     """The plain tensors that an entry of an optimizer's state is, by the key that each is stored under."""
-    if not hasattr(state, "codes"):
+    if not hasattr(state, "codes") or not hasattr(state, "scale"):
         return {key: state}
     return {f"{key}{_CODES}": state.codes, f"{key}{_SCALE}": state.scale}
 

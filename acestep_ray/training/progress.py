@@ -7,9 +7,9 @@ import time
 import torch
 from torch import Tensor
 
-from acestep_ray.training.settings import Say
+from acestep_ray.training.settings import Say, StepsDone
 
-PROGRESS_SECONDS = 5.0
+PROGRESS_SECONDS = 2.0
 
 
 class Votes:
@@ -44,19 +44,11 @@ class Progress:
     def __init__(self, total: int, say: Say):
         self.total = total
         self.say = say
-        self.first = 0
-        self.started = self.shown = 0.0
+        self.shown = 0.0
 
-    def start(self, step: int) -> None:
-        """Count from `step` and now."""
-        self.first, self.started = step, time.monotonic()
-
-    def show(self, step: int, loss: float) -> None:
-        """Say a line, if the last one is some seconds old or this is the end."""
+    def show(self, step: int, loss: float, times_real_time: float | None) -> None:
+        """Tell, if the last time is some seconds ago or this is the end."""
         now = time.monotonic()
-        if step < self.total and now - self.shown < PROGRESS_SECONDS:
-            return
-        self.shown = now
-        rate = (step - self.first) / max(now - self.started, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / rate)) if rate else "?"
-        self.say(f"step {step}/{self.total} · loss {loss:.4f} · {rate:.2f} steps/s · {left} left")
+        if step == self.total or now - self.shown >= PROGRESS_SECONDS:
+            self.shown = now
+            self.say(StepsDone(step, self.total, loss, times_real_time))

@@ -32,6 +32,25 @@ class MicroBatch:
     """Rows of the cache index."""
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """The micro-batches of an epoch, as arrays: a tuple for each of a million would take ten times the memory."""
+
+    songs: np.ndarray
+    """Rows of the cache index."""
+    begins: np.ndarray
+    """Where each batch begins in `songs`, and where the last one ends."""
+    order: np.ndarray
+    """In which the batches come."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> tuple[int, ...]:
+        batch = self.order[place]
+        return tuple(self.songs[self.begins[batch] : self.begins[batch + 1]].tolist())
+
+
 class BatchPlan:
     """The sequence of micro-batches of a run, by count (`batch_size`) or by a budget of padded frames."""
 
@@ -101,28 +120,25 @@ class BatchPlan:
     def _batches_by_count(self) -> int:
         return -(-len(self.frames) // self.batch_size)
 
-    def _plan_epoch(self, epoch: int) -> list[tuple[int, ...]]:
+    def _plan_epoch(self, epoch: int) -> _Epoch:
         number = epoch // self.shuffle_every if self.shuffle_every else 0
         random = np.random.default_rng([self.seed, number])
         order = random.permutation(len(self.frames))
         window = WINDOW_BATCHES * (self.batch_size if self.batch_frames is None else TYPICAL_BATCH)
-        batches: list[tuple[int, ...]] = []
+        begins: list[int] = []
         for start in range(0, len(order), window):
             songs = order[start : start + window]
-            batches += self._cut(songs[np.argsort(self.frames[songs], kind="stable")])
-        return [batches[i] for i in random.permutation(len(batches))]
+            songs = songs[np.argsort(self.frames[songs], kind="stable")]
+            order[start : start + window] = songs
+            begins += self._cut(start, self.frames[songs])
+        return _Epoch(self.songs[order], np.array([*begins, len(order)]), random.permutation(len(begins)))
 
-    def _cut(self, songs: np.ndarray) -> list[tuple[int, ...]]:
-        """Cut songs, sorted by length, into batches within the count or the budget."""
-        batches: list[list[int]] = [[]]
-        for song in songs.tolist():
-            if batches[-1] and self._is_full(len(batches[-1]), self.frames[song]):
-                batches.append([])
-            batches[-1].append(song)
-        return [tuple(self.songs[batch].tolist()) for batch in batches]
-
-    def _is_full(self, songs: int, next_frames: int) -> bool:
-        """Whether a batch of `songs` has no room for a song that is at least as long as all of them."""
+    def _cut(self, start: int, frames: np.ndarray) -> Sequence[int]:
+        """Where batches within the count or the budget begin, of songs from `start` on that are sorted by length."""
         if self.batch_frames is None:
-            return songs == self.batch_size
-        return (songs + 1) * next_frames > self.batch_frames
+            return range(start, start + len(frames), self.batch_size)
+        begins = [start]
+        for place, longest in enumerate(frames.tolist(), start):
+            if place > begins[-1] and (place + 1 - begins[-1]) * longest > self.batch_frames:
+                begins.append(place)
+        return begins

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -18,7 +19,16 @@ from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import Store, upload_folder
 
-SAMPLER = {"steps": 60, "guidance_scale": 15.0, "omega": 10.0}
+
+class Sampler(TypedDict):
+    """How a run's samples are generated: arguments of `diffusion.sampler.sample`."""
+
+    steps: int
+    guidance_scale: float
+    omega: float
+
+
+SAMPLER: Sampler = {"steps": 60, "guidance_scale": 15.0, "omega": 10.0}
 
 
 class SampleFolder:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import tempfile
 import time
 from collections import Counter, deque
@@ -29,7 +28,9 @@ from acestep_ray.cache.songs import DecodedSong, FileVersions, Recipe, Reject, S
 from acestep_ray.cache.transport import decoded_table, plain_faults
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.ray_runtime import cluster_cpus
 from acestep_ray.storage import Store
+from acestep_ray.terminal import Progress, fact_table
 
 if TYPE_CHECKING:
     # Workers that only decode need no models, whose libraries load for seconds.
@@ -76,7 +77,6 @@ _TASKS_PER_CPU = 4
 _SONGS_PER_BATCH = 1024
 # What a run that is killed while it scans has to do again.
 _SECONDS_BETWEEN_SAVES = 60.0
-_SECONDS_BETWEEN_LINES = 30.0
 _LISTED = 10
 
 
@@ -95,16 +95,18 @@ class ScanSummary:
 
     def render(self) -> str:
         """The summary as a few lines of text."""
-        lines = [
-            f"  inputs       {self.inputs} = {self.songs} songs + {len(self.rejects)} rejects",
-            f"  scanned      {self.scanned} in {self.wall_seconds:.0f} s",
-            f"  rejects      {len(self.rejects)}",
-        ]
+        rejects = [str(len(self.rejects))]
         for reason, count in Counter(reject.reason for reject in self.rejects).most_common():
-            lines.append(f"    {reason:<12} {count}")
-        lines += [f"    {reject.key}: {reject.message}" for reject in self.rejects[:_LISTED]]
-        lines += [f"  warning      {warning}" for warning in self.warnings[:_LISTED]]
-        return "\n".join(lines)
+            rejects.append(f"{reason:<12} {count}")
+        rejects += [f"{reject.key}: {reject.message}" for reject in self.rejects[:_LISTED]]
+        return fact_table(
+            [
+                ("inputs", f"{self.inputs} = {self.songs} songs + {len(self.rejects)} rejects"),
+                ("scanned", f"{self.scanned} in {self.wall_seconds:.0f} s"),
+                ("rejects", "\n".join(rejects)),
+                *(("warning", warning) for warning in self.warnings[:_LISTED]),
+            ]
+        )
 
 
 def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: Store) -> ScanSummary:
@@ -118,9 +120,10 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
     before = _read_scan(folder)
     found = [_PLACED.empty_table()]
     done = scanned = 0
-    saved = told = started
+    saved = started
+    progress = Progress("scanning", len(songs), "songs")
     try:
-        with _faults_explained():
+        with _faults_explained(), progress:
             for outcomes, newly_scanned in _in_tasks(songs, before, recipe, tokenizer):
                 found.append(outcomes)
                 done += len(outcomes)
@@ -128,9 +131,7 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
                 if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
                     _write_scan(folder, [*found, before])
                     saved = time.monotonic()
-                if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-                    print(f"{done}/{len(songs)} songs scanned", file=sys.stderr, flush=True)
-                    told = time.monotonic()
+                progress.update(done)
     except BaseException:
         _write_scan(folder, [*found, before])
         raise
@@ -191,7 +192,7 @@ def scan_songs(
     for song, known in zip(songs, before.to_pylist(), strict=True):
         versions = file_versions(root, song)
         is_known = recipe.reject_fingerprint(song, versions) == known["fingerprint"]
-        if not is_known or (known["reason"] is not None and RejectReason(known["reason"]).is_transient):
+        if not is_known or (known["reason"] is not None and RejectReason.of(known["reason"]).is_transient):
             known = _outcome(song, versions, recipe, _scan_song(root, song, versions, recipe, tokenizer))
             scanned += 1
         outcomes.append(known)
@@ -212,15 +213,17 @@ def _scan_song(
 def _outcome(
     song: Song, versions: FileVersions, recipe: Recipe, found: DecodedSong | Reject
 ) -> dict[str, Any]:
-    is_usable = isinstance(found, DecodedSong)
+    if isinstance(found, DecodedSong):
+        what = {"samples": found.wave.shape[1]}
+    else:
+        what = {"samples": None, "stage": found.stage, "reason": found.reason, "message": found.message}
     return {
         "key": song.key,
         "filename": song.filename,
         "fingerprint": recipe.reject_fingerprint(song, versions),
         "audio_version": versions.audio,
         "speaker_version": versions.speaker,
-        "samples": found.wave.shape[1] if is_usable else None,
-        **({} if is_usable else {"stage": found.stage, "reason": found.reason, "message": found.message}),
+        **what,
     }
 
 
@@ -238,10 +241,10 @@ def _in_tasks(
     known: dict[str, int] = {}
     for place, key in enumerate(before["key"].to_pylist()):
         known.setdefault(key, place)  # a scan that was interrupted put first what it found
-    at_once = max(1, int(_TASKS_PER_CPU * ray.cluster_resources()["CPU"]))
+    at_once = max(1, int(_TASKS_PER_CPU * cluster_cpus()))
     size = max(1, min(_SONGS_PER_TASK, len(songs) // at_once))
     todo = deque(list(range(i, min(i + size, len(songs)))) for i in range(0, len(songs), size))
-    running: dict[ray.ObjectRef, tuple[list[int], list[Song]]] = {}
+    running: dict[ray.ObjectRef[Any], tuple[list[int], list[Song]]] = {}
     while todo or running:
         while todo and len(running) < at_once:
             places = todo.popleft()

@@ -45,6 +45,10 @@ def nobody() -> None:
     """Nobody waits."""
 
 
+Build = Callable[[TrainConfig, "dict[str, Any] | None", torch.device], ACEStepTransformer]
+"""Makes the model from the settings of a run, its LoRA configuration, if any, and the device to lie on."""
+
+
 @dataclass(frozen=True)
 class WorkerPlace:
     """Which of the run's workers this is, and how it learns of what goes on around it."""
@@ -60,9 +64,7 @@ class WorkerPlace:
     """Called when what was asked for is saved."""
     preempted: Callable[[], bool] = never
     """Whether a machine of the run is about to go; all workers ask together, now and then."""
-    build: Callable[[TrainConfig, dict[str, Any] | None, torch.device], ACEStepTransformer] = (
-        build_transformer
-    )
+    build: Build = build_transformer
     """Makes the model; runs of one process may share the base model's weights."""
     turn: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
     """Held while the model is at work: runs of one process share torch's random numbers."""
@@ -70,5 +72,27 @@ class WorkerPlace:
 
 Report = Callable[[dict[str, float], "Store | None"], None]
 """Takes the metrics of a checkpoint, and on the first worker its place; every worker calls it as often."""
-Say = Callable[[str], None]
-"""Takes a line for the user."""
+
+
+@dataclass(frozen=True)
+class StepsDone:
+    """How far a run is."""
+
+    step: int
+    total: int
+    loss: float
+    times_real_time: float | None
+    """Seconds of audio a second, of all workers, since the last time; None where there was no step."""
+
+    def __str__(self) -> str:
+        return " · ".join([f"step {self.step}/{self.total}", *self.facts])
+
+    @property
+    def facts(self) -> list[str]:
+        """What there is to say beside the step."""
+        speed = [] if self.times_real_time is None else [f"{self.times_real_time:,.3g} × real time"]
+        return [f"loss {self.loss:.4f}", *speed]
+
+
+Say = Callable[["str | StepsDone"], None]
+"""Takes a line for the user, or how far the run is."""

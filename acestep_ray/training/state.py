@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import AccessDeniedError, Store
 from acestep_ray.training.optim import join_parts, stored_parts
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
@@ -47,9 +49,9 @@ class TrainingState:
 
     step: int
     """Optimizer steps done."""
-    losses: dict
+    losses: dict[str, Any]
     """What the run's summary says of its losses so far: `first`, `last`, and those over fixed noise by step."""
-    loss_scale: dict = field(default_factory=dict)
+    loss_scale: dict[str, Any] = field(default_factory=dict)
     """State of the gradient scaler, of a run in float16."""
 
 
@@ -83,7 +85,7 @@ def take_snapshot(
     def copied(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
         copies = {}
         for name, tensor in tensors:
-            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
             if is_first:
                 copies[name] = whole.to("cpu", copy=True).contiguous()
         return copies
@@ -140,7 +142,7 @@ class Checkpoints:
         Raises DamagedCheckpointError, and AceStepError for a format of another version.
         """
         try:
-            values = json.loads(self.folder(step).read_bytes(STATE_FILE))
+            values = load_json(self.folder(step).read_bytes(STATE_FILE))
             if values["format"] != FORMAT:
                 raise AceStepError(
                     f"{self.folder(step).url} has the format {values['format']}, this version reads {FORMAT}\n"
@@ -291,9 +293,12 @@ class Checkpoints:
 
 
 def best_step(losses: Mapping[str, Any], steps: Sequence[int]) -> int | None:
-    """The step among `steps` with the lowest validation loss, of held-out songs if there are any; None without one."""
+    """The step among `steps` with the lowest validation loss, of held-out songs if there are any; None without one.
+
+    A loss that is not finite is none.
+    """
     by_step = losses.get(VALIDATION) or losses.get(FIXED_NOISE) or {}
-    measured = {step: by_step[str(step)] for step in steps if str(step) in by_step}
+    measured = {step: by_step[str(step)] for step in steps if math.isfinite(by_step.get(str(step), math.nan))}
     return min(measured, key=lambda step: (measured[step], step)) if measured else None
 
 
@@ -313,14 +318,16 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, snapshot: Snapsh
     for name, (shape, dtype) in shapes.items():
         parameter_name, key = name.split("/", 1)
         parameter = parameters[parameter_name]
+        moment: Tensor
         if shape == tuple(parameter.shape):
             moment = torch.empty_like(parameter, dtype=dtype)
         else:
             moment = torch.empty(shape, dtype=dtype, device=homes.get(key, parameter.device))
         _put(moment, moments.get(name))
         optimizer.state[parameter][key] = moment
-    for parameter in list(optimizer.state):
-        join_parts(optimizer, parameter)
+    for parameter in parameters.values():
+        if parameter in optimizer.state:
+            join_parts(optimizer, parameter)
 
 
 def _homes_of_moments(optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -337,6 +344,7 @@ def _put(tensor: Tensor, value: Tensor | None) -> None:
             value = torch.empty(tensor.shape, dtype=tensor.dtype)
         local.copy_(distribute_tensor(value.to(mesh.device_type), mesh, tensor.placements).to_local())
     elif not _is_distributed():
+        assert value is not None, "the only worker is the first"
         tensor.copy_(value)
     else:
         device = _communication_device(tensor)

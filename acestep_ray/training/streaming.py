@@ -33,7 +33,9 @@ from acestep_ray.cache.transport import read_decoded
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.errors import AceStepError
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.ray_runtime import cluster_cpus
 from acestep_ray.storage import Store
+from acestep_ray.terminal import is_verbose
 from acestep_ray.training.loader import read_ahead
 from acestep_ray.training.sampler import MicroBatch
 from acestep_ray.training.scan import DECODE_CPUS, decode_songs, read_songs
@@ -145,7 +147,7 @@ class StreamSource:
 
     def _with_pipelines(self, items: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Iterator[pa.Table]]]:
         """Each micro-batch with the pipeline that its songs come out of next."""
-        cpus = ray.cluster_resources().get("CPU", 1)
+        cpus = cluster_cpus()
         songs = max(_SONGS_PER_PIPELINE, math.ceil(_WAVES_PER_PIPELINE * cpus / DECODE_CPUS / self.workers))
         for piece in _pieces(items, songs):
             decoded = self._start_pipeline([i for item in piece for i in item.songs])
@@ -155,8 +157,8 @@ class StreamSource:
     def _start_pipeline(self, rows: Sequence[int]) -> Iterator[pa.Table]:
         """The decoded songs in these rows, one after another; Ray Data begins with them at once."""
         context = DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
+        context.enable_progress_bars = is_verbose()
+        context.print_on_execution_start = is_verbose()
         context.raise_original_map_exception = True
         # Every song is a block of its own.
         context.target_max_block_size = 1
@@ -165,7 +167,7 @@ class StreamSource:
         context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
         songs = self.songs.take(pa.array(rows, pa.int64()))
         with DataContext.current(context):
-            dataset = ray.data.from_arrow([songs.slice(i, 1) for i in range(len(rows))])
+            dataset: ray.data.Dataset = ray.data.from_arrow([songs.slice(i, 1) for i in range(len(rows))])
             dataset = dataset.map_batches(
                 partial(decode_songs, root=self.stream.root, recipe=self.stream.recipe),
                 num_cpus=DECODE_CPUS,
@@ -227,7 +229,7 @@ def _pieces(items: Iterable[MicroBatch], songs: int) -> Iterator[list[MicroBatch
 def _lost(reject: Reject) -> Exception:
     problem = f"the song {reject.key!r} could be used when the run began, and cannot now"
     problem = f"{problem} ({reject.reason}): {reject.message}"
-    if RejectReason(reject.reason).is_transient:
+    if RejectReason.of(reject.reason).is_transient:
         return RuntimeError(
             problem
         )  # a fault of the machine, after which the run goes on from its checkpoint

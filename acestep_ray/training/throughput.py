@@ -14,6 +14,7 @@ from torch import Tensor
 from acestep_ray.models.codec import MEL_FRAMES_PER_LATENT
 from acestep_ray.models.mel import HOP_LENGTH, MEL_SAMPLE_RATE
 
+TIMES_REAL_TIME = "throughput/audio_seconds_per_second"
 # Dense bfloat16 products with float32 sums, as NVIDIA's data sheets have them (float16 for V100 and T4, which have no
 # bfloat16). A key's words are all in the name of the device; the key with the most words counts.
 PEAK_TFLOPS = {
@@ -93,6 +94,7 @@ class Throughput:
         self.peak = None if peak is None else peak * workers
         self.clock = clock
         self.running = False
+        self.flops: float | Tensor = 0.0
         self._begin()
 
     @contextlib.contextmanager
@@ -137,7 +139,7 @@ class Throughput:
         figures = {
             "throughput/steps_per_second": self.steps / elapsed,
             "throughput/songs_per_second": self.songs / elapsed,
-            "throughput/audio_seconds_per_second": self.audio_seconds / elapsed,
+            TIMES_REAL_TIME: self.audio_seconds / elapsed,
             "throughput/tflops": flops / 1e12,
             "throughput/data_wait": self.waited / elapsed,
             "memory/allocated_gb": peak_memory(self.device) / 1e9,
@@ -151,7 +153,7 @@ class Throughput:
         self.since = self.clock()
         self.steps = self.songs = 0
         self.audio_seconds = self.waited = self.pauses = 0.0
-        self.flops: float | Tensor = 0.0
+        self.flops = 0.0
 
 
 def peak_memory(device: torch.device) -> int:

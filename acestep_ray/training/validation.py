@@ -7,11 +7,12 @@ from statistics import fmean
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 from acestep_ray.cache.schema import CachedSong
 from acestep_ray.diffusion.objective import flow_matching_losses
 from acestep_ray.diffusion.schedule import sigma_index
+from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.training.batch import Draws, build_batch, counter_seed, song_noise
 
 NOISE_LEVELS = 8
@@ -38,7 +39,7 @@ def validation_draws(song: CachedSong, sigmas: Tensor, level: int) -> Draws:
 
 @torch.no_grad()
 def fixed_noise_losses(
-    transformer: nn.Module,
+    transformer: ACEStepTransformer,
     read: Callable[[int], CachedSong],
     songs: Sequence[int],
     sigmas: Tensor,

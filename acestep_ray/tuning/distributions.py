@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,7 +88,7 @@ class Uniform(_Plain):
     low: float
     high: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_order(self.low, self.high)
 
     size = _MANY
@@ -117,7 +118,7 @@ class LogUniform(_Plain):
     low: float
     high: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_order(self.low, self.high)
         if self.low <= 0:
             raise ValueError("a logarithm needs numbers above 0")
@@ -149,7 +150,7 @@ class Log2Int:
     low: int
     high: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_order(self.low, self.high)
         for value in (self.low, self.high):
             if value < 1 or value != 1 << (int(value).bit_length() - 1):
@@ -187,7 +188,7 @@ class Log2Int:
         return f"log2int({self.low}, {self.high})"
 
 
-DISTRIBUTIONS = {
+DISTRIBUTIONS: dict[str, Callable[..., Distribution]] = {
     "choice": Choice,
     "fixed": lambda value: Choice(value),
     "uniform": Uniform,

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray import tune as ray_tune
@@ -21,6 +21,7 @@ from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.ray_runtime import Console
 from acestep_ray.storage import Store, updated_folder
+from acestep_ray.terminal import Progress, is_verbose
 from acestep_ray.training.launch import fit_interruptibly
 from acestep_ray.tuning.records import Records, TrialRecord
 from acestep_ray.tuning.report import (
@@ -38,6 +39,9 @@ from acestep_ray.tuning.search import OptunaTPE, Recorder, StopWhenAsked, TrialS
 from acestep_ray.tuning.space import Space, apply_params, default_params
 from acestep_ray.tuning.trainable import TrialActor
 from acestep_ray.tuning.trial import TrialPlan
+
+if TYPE_CHECKING:
+    from acestep_ray.tuning.shared_base import SharedBaseHost
 
 VALIDATIONS = 8
 """Of a trial, where the settings do not say."""
@@ -59,6 +63,8 @@ class Search:
     folder: Store
     records: Records
     total_steps: int
+    grace_steps: int
+    """Steps before which no trial is stopped."""
 
     @classmethod
     def prepare(
@@ -86,12 +92,7 @@ class Search:
             keep_last=1,
             exp_name=f"{base.exp_name}_best",  # of the run that repeats a trial
         )
-        return cls(config, paced, lora, space, folder, Records(folder), total_steps)
-
-    @property
-    def grace_steps(self) -> int:
-        """Steps before which no trial is stopped."""
-        return self.config.grace_steps or self.base.val_check_interval
+        return cls(config, paced, lora, space, folder, Records(folder), total_steps, grace)
 
     def render(self, plan: TrialPlan, reserved: Reserved, songs: int) -> str:
         """What is about to be done, as text."""
@@ -140,7 +141,16 @@ class Search:
             start=runs.start_trial,
             optuna=optuna,
         )
-        quieten_tune()
+        if not is_verbose():
+            quieten_tune()
+        progress = Progress("searching", self.config.trials, "trials")
+
+        def tell() -> None:
+            over = sum(record.is_over for record in self.records)
+            ranked = self.records.ranked()
+            best = f"best {ranked[0].lowest:.4f}" if ranked else "no validation yet"
+            progress.update(over, f"{len(searcher.running)} running", best)
+
         console, stopper = Console(), StopWhenAsked()
         stack = contextlib.ExitStack()
         plan = replace(plan, say=console.say)
@@ -165,11 +175,11 @@ class Search:
                 storage_path=stack.enter_context(rays_folder(self.folder)),
                 name=_RAY_FOLDER,
                 stop=stopper,
-                callbacks=[Recorder(self.records, partial(self._ended, runs))],
+                callbacks=[Recorder(self.records, partial(self._ended, runs), tell)],
                 failure_config=ray_tune.FailureConfig(max_failures=self.config.max_failures),
                 # A trial's run writes its own.
                 checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
-                verbose=0,
+                verbose=int(is_verbose()),
             ),
         )
 
@@ -178,7 +188,7 @@ class Search:
             stopper.is_asked = True
 
         try:
-            with stack, console:
+            with stack, progress, console:
                 _, interrupted = fit_interruptibly(tuner.fit, stop)
         finally:
             for host in hosts:
@@ -187,7 +197,7 @@ class Search:
 
     def _ended(self, runs: SearchRuns, record: TrialRecord) -> None:
         runs.end_trial(record)
-        loss = "" if record.best is None else f", lowest validation loss {record.best['validation']:.4f}"
+        loss = "" if record.best is None else f", lowest validation loss {record.lowest:.4f}"
         error = f": {record.error}" if record.error else ""
         print(f"{record.name} {record.state} at step {record.steps}{loss}{error}", flush=True)
 
@@ -226,7 +236,7 @@ def rays_folder(search: Store) -> Iterator[str]:
     shutil.rmtree(search.path / _RAY_FOLDER, ignore_errors=True)
 
 
-def start_hosts(plan: TrialPlan, reserved: Reserved) -> list[ActorHandle]:
+def start_hosts(plan: TrialPlan, reserved: Reserved) -> list[ActorHandle[SharedBaseHost]]:
     """The actors that hold a shared base model each."""
     if not reserved.hosts:
         return []
@@ -243,7 +253,8 @@ def start_hosts(plan: TrialPlan, reserved: Reserved) -> list[ActorHandle]:
             max_concurrency=2 * host.seats + 2,
             max_restarts=plan.config.max_failures,
         )
-        hosts.append(actor.remote(host.seats))
+        # Ray's type also has the class itself, for the sake of its methods.
+        hosts.append(cast("ActorHandle[SharedBaseHost]", actor.remote(host.seats)))
     return hosts
 
 

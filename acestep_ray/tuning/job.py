@@ -14,20 +14,28 @@ from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.plain_yaml import load_yaml
-from acestep_ray.ray_runtime import StopSignal, connect
+from acestep_ray.ray_runtime import StopSignal, connect, wait_for_first_node
 from acestep_ray.storage import Store
 from acestep_ray.tracking import mlflow_uri
 from acestep_ray.training.checks import check_model, check_train_config
-from acestep_ray.training.experiment import make_folder, only_run, read_json, run_identity, write_json
+from acestep_ray.training.experiment import (
+    MLFLOW_FILE,
+    SETTINGS_FILE,
+    make_folder,
+    only_run,
+    read_json,
+    run_identity,
+    write_json,
+)
 from acestep_ray.training.holdout import hold_out
 from acestep_ray.training.job import TrainSummary, count_steps, train
-from acestep_ray.training.lora import DEFAULT_LORA, read_lora_config
+from acestep_ray.training.lora_config import DEFAULT_LORA, read_lora_config
 from acestep_ray.training.songs import Songs, find_songs, open_songs
 from acestep_ray.tuning.driver import VALIDATIONS, Search
 from acestep_ray.tuning.records import check_same_search
 from acestep_ray.tuning.report import TuneSummary, trial_rows
 from acestep_ray.tuning.resources import reserve
-from acestep_ray.tuning.runs import PARENT_FILE, SearchRuns
+from acestep_ray.tuning.runs import SearchRuns
 from acestep_ray.tuning.search import SCHEDULERS, SEARCHERS
 from acestep_ray.tuning.space import DIMENSIONS, Space, apply_params, read_space
 from acestep_ray.tuning.trial import TrialPlan
@@ -55,6 +63,7 @@ def tune(config: TuneConfig) -> TuneSummary:
     make_folder(log_dir, "--logger_dir")
     with only_run(folder):
         connect()
+        wait_for_first_node(config.device, config.worker_resource)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         reserved = reserve(config, nodes, streamed=not isinstance(songs, CacheIndex))
         found = find_songs(songs, checkpoint, with_ssl, folder, reserved.use_gpu)
@@ -106,7 +115,7 @@ def tune(config: TuneConfig) -> TuneSummary:
         print(f"{summary.render()}\ninterrupted: the same command goes on from here", flush=True)
         raise KeyboardInterrupt
     if best is not None and config.retrain_best is not None:
-        summary.retrained = retrain(best, config)
+        summary.retrained = retrain(best, config.retrain_best)
     return summary
 
 
@@ -175,18 +184,17 @@ def held_out_songs(found: Songs, base: TrainConfig) -> tuple[int, ...]:
 
 def begin_parent(runs: SearchRuns, config: TuneConfig, space: Space, folder: Store) -> None:
     """Make or go on with the search's MLflow run, noted in its folder."""
-    known = read_json(folder, PARENT_FILE) or {}
+    known = read_json(folder, MLFLOW_FILE) or {}
     run_id = known.get("run_id") if known.get("tracking_uri") == runs.uri else None
     params = {**asdict(config), **{f"space.{name}": text for name, text in space.describe().items()}}
     run_id = runs.begin(params, run_id)
     if run_id is not None:
-        write_json(folder, PARENT_FILE, {"tracking_uri": runs.uri, "run_id": run_id})
+        write_json(folder, MLFLOW_FILE, {"tracking_uri": runs.uri, "run_id": run_id})
 
 
-def retrain(best: Store, config: TuneConfig) -> TrainSummary:
-    """Train the winner anew and longer, as an experiment of its own."""
-    values = load_yaml(best.read_bytes("train.yaml"))
-    steps = config.retrain_best
+def retrain(best: Store, steps: int) -> TrainSummary:
+    """Train the winner anew with so many steps, as an experiment of its own."""
+    values = load_yaml(best.read_bytes(SETTINGS_FILE))
     pace = max(1, steps // VALIDATIONS)
     return train(
         replace(

@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypedDict
 
-Measured = dict[str, float]
-"""What a validation measured: `step`, the losses over fixed noise, and that of the last training step."""
+
+class Measured(TypedDict):
+    """What a validation measured, over fixed noise."""
+
+    step: int
+    validation: float
+    """Loss of the songs held out."""
+    train: float
+    """Loss of songs that are trained on."""
 
 
 class StoppedError(Exception):
@@ -83,7 +90,7 @@ class SteppedLoop:
 class Turns:
     """Lets one of several loops work at a time; a context manager for each loop's thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = _FairLock()
 
     def __enter__(self) -> Turns:
@@ -111,7 +118,7 @@ class Turns:
 class _FairLock:
     """A lock that goes round: threads get it in the order in which they asked, where Python's own prefers its last."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._next = self._served = 0
 

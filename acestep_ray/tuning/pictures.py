@@ -22,7 +22,7 @@ def draw_parallel_coordinates(trials: Sequence[TrialRecord], path: Path) -> None
 
     axes = [_Axis(name, [trial.params[name] for trial in trials]) for name in trials[0].params]
     axes = [axis for axis in axes if len(set(axis.values)) > 1]
-    axes.append(_Axis("validation", [trial.best["validation"] for trial in trials]))
+    axes.append(_Axis("validation", [trial.lowest for trial in trials]))
     figure = Figure(figsize=(2.2 * len(axes), 5.5), layout="constrained")
     plot = figure.subplots()
     colours = colormaps[_COLOURS]
@@ -56,7 +56,7 @@ def draw_rank_by_learning_rate(trials: Sequence[TrialRecord], path: Path) -> boo
         return False
     figure = Figure(figsize=(7, 5), layout="constrained")
     plot = figure.subplots()
-    losses = [trial.best["validation"] for trial in trials]
+    losses = [trial.lowest for trial in trials]
     points = plot.scatter(
         [trial.params["learning_rate"] for trial in trials],
         [trial.params["rank"] for trial in trials],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import CHECKPOINTS, read_json, write_json
 from acestep_ray.training.state import Checkpoints, DamagedCheckpointError, best_step
@@ -50,6 +51,12 @@ class TrialRecord:
         return min(finite, key=lambda one: (one["validation"], one["step"]), default=None)
 
     @property
+    def lowest(self) -> float:
+        """The lowest validation loss; infinite where there is none yet."""
+        best = self.best
+        return math.inf if best is None else best["validation"]
+
+    @property
     def steps(self) -> int:
         """Steps at its last validation."""
         return self.validations[-1]["step"] if self.validations else 0
@@ -70,7 +77,7 @@ class Records:
         self._started: dict[str, float] = {}
         for name in self.folder.names(TRIALS, suffix=RECORD_FILE):
             try:
-                record = TrialRecord(**json.loads(self.folder.read_bytes(name)))
+                record = TrialRecord(**load_json(self.folder.read_bytes(name)))
             except (ValueError, TypeError) as error:
                 raise InputError(
                     f"this trial's record does not read ({error})",
@@ -107,7 +114,8 @@ class Records:
         """Note a validation; one of a step that is known already replaces it and what came after."""
         record = self._trials[name]
         kept = [one for one in record.validations if one["step"] < measured["step"]]
-        record.validations = [*kept, {key: measured[key] for key in ("step", "validation", "train")}]
+        noted = Measured(step=measured["step"], validation=measured["validation"], train=measured["train"])
+        record.validations = [*kept, noted]
         self._count_seconds(record)
         self.write(record)
 
@@ -129,7 +137,7 @@ class Records:
     def ranked(self) -> list[TrialRecord]:
         """Trials that have a validation and did not fail, the lowest loss first."""
         able = [one for one in self if one.best is not None and one.state != FAILED]
-        return sorted(able, key=lambda one: (one.best["validation"], one.name))
+        return sorted(able, key=lambda one: (one.lowest, one.name))
 
     def checkpoints(self, record: TrialRecord) -> Checkpoints:
         """A trial's checkpoints."""

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from acestep_ray.config import TrainConfig
-from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.reporting.page import Page
 from acestep_ray.storage import Store
+from acestep_ray.terminal import column_table, fact_table
+from acestep_ray.training.experiment import SETTINGS_FILE
 from acestep_ray.training.job import TrainSummary
 from acestep_ray.tuning.pictures import (
     PARALLEL,
@@ -51,22 +53,21 @@ class TuneSummary:
         """The summary as text."""
         columns = ["trial", *self.space, "steps", "validation", "gap", "state"]
         rows = [[_cell(trial[column]) for column in columns] for trial in self.trials[:_ROWS_SHOWN]]
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [columns, *rows]
-        ]
+        lines = [column_table(columns, rows)]
         if len(self.trials) > _ROWS_SHOWN:
             lines.append(f"and {len(self.trials) - _ROWS_SHOWN} more in {self.folder.url_of(TABLE_FILE)}")
         failed = [trial for trial in self.trials if trial["state"] == FAILED]
-        lines += [f"failed    {trial['trial']}: {trial['error']}" for trial in failed]
-        lines.append(f"trials    {len(self.trials)} in {self.wall_seconds:.0f} s")
+        made: list[tuple[str, object]] = [
+            *(("failed", f"{trial['trial']}: {trial['error']}") for trial in failed),
+            ("trials", f"{len(self.trials)} in {self.wall_seconds:.0f} s"),
+        ]
         if self.best is not None:
-            lines.append(f"best      {self.best.url_of(LORA_FILE)}")
-            lines.append(f"again     acestep-ray train --config {self.best.url_of('train.yaml')}")
-        lines.append(f"report    {self.folder.child(REPORT).url_of(PAGE_FILE)}")
+            made.append(("best", self.best.url_of(LORA_FILE)))
+            made.append(("again", f"acestep-ray train --config {self.best.url_of(SETTINGS_FILE)}"))
+        made.append(("report", self.folder.child(REPORT).url_of(PAGE_FILE)))
         if self.tracking_uri is not None:
-            lines.append(f"MLflow    mlflow ui --backend-store-uri {self.tracking_uri}")
+            made.append(("MLflow", f"mlflow ui --backend-store-uri {self.tracking_uri}"))
+        lines.append(fact_table(made))
         if self.retrained is not None:
             lines += ["", "the winner, trained anew:", self.retrained.render()]
         return "\n".join(lines)
@@ -80,16 +81,16 @@ def trial_rows(records: Records) -> list[dict[str, Any]]:
 
 
 def _row(records: Records, record: TrialRecord) -> dict[str, Any]:
-    best = record.best or {"step": None, "validation": None, "train": None}
+    best = record.best
     checkpoint = records.best_checkpoint(record)
     return {
         "trial": record.name,
         "state": record.state,
         **record.params,
         "steps": record.steps,
-        "best_step": best["step"],
-        "validation": best["validation"],
-        "train": best["train"],
+        "best_step": None if best is None else best["step"],
+        "validation": None if best is None else best["validation"],
+        "train": None if best is None else best["train"],
         "gap": records.gap(record),
         "failures": record.failures,
         "seconds": round(record.seconds, 1),
@@ -121,7 +122,7 @@ def write_best(
         folder.write_bytes(LORA_FILE, checkpoint.read_bytes(LORA_FILE))
     folder.write_bytes("lora_config.json", (json.dumps(lora, indent=4) + "\n").encode())
     config = replace(config, lora_config_path=folder.url_of("lora_config.json"))
-    folder.write_bytes("train.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
+    folder.write_bytes(SETTINGS_FILE, yaml.safe_dump(asdict(config), sort_keys=False).encode())
 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], records: Records, space: str) -> None:

@@ -13,7 +13,6 @@ from acestep_ray.tracking.mlflow_run import reason_of, short_requests
 from acestep_ray.tuning.records import DONE, STOPPED, Records, TrialRecord
 
 EXPERIMENT = "acestep-ray"
-PARENT_FILE = "mlflow.json"
 _UPLOAD_REQUEST_SECONDS = 60
 _STATUS = {DONE: "FINISHED", STOPPED: "FINISHED"}
 
@@ -40,7 +39,9 @@ class SearchRuns:
         tags = {"mlflow.parentRunId": self.parent.run_id}
         name = f"{self.search}/{record.name}"
         try:
-            run = start_mlflow_run(self.uri, EXPERIMENT, name, record.params, record.mlflow_run, tags=tags)
+            run = start_mlflow_run(
+                self.parent.tracking_uri, EXPERIMENT, name, record.params, record.mlflow_run, tags=tags
+            )
         except InputError as error:
             print(f"warning: {record.name} is not in MLflow: {error.what}", flush=True)
             return None
@@ -52,9 +53,9 @@ class SearchRuns:
         """Note how a trial came out."""
         if self.parent is None or record.mlflow_run is None:
             return
-        run = MLflowRun(self.uri, record.mlflow_run)
+        run = MLflowRun(self.parent.tracking_uri, record.mlflow_run)
         gap = self.records.gap(record)
-        metrics = {} if record.best is None else {"best/validation": record.best["validation"]}
+        metrics = {} if record.best is None else {"best/validation": record.lowest}
         self._log(
             run, metrics if gap is None else {**metrics, "best/gap": gap}, {"trial.state": record.state}
         )
@@ -63,20 +64,21 @@ class SearchRuns:
     def interrupt_trial(self, record: TrialRecord) -> None:
         """Note that a trial is not at work any more, and not over."""
         if self.parent is not None and record.mlflow_run is not None:
-            end_mlflow_run(MLflowRun(self.uri, record.mlflow_run), "KILLED")
+            end_mlflow_run(MLflowRun(self.parent.tracking_uri, record.mlflow_run), "KILLED")
 
     def add_checkpoint(self, record: TrialRecord, checkpoint: Store) -> None:
         """Upload the files of one of the best checkpoints."""
         if self.parent is not None and record.mlflow_run is not None:
+            run = MLflowRun(self.parent.tracking_uri, record.mlflow_run)
             with fetched(checkpoint) as folder:
-                self._upload(MLflowRun(self.uri, record.mlflow_run), folder, f"checkpoints/{checkpoint.name}")
+                self._upload(run, folder, f"checkpoints/{checkpoint.name}")
 
     def finish(self, status: str, best: TrialRecord | None, report: Path) -> None:
         """Give the parent the report's files and the winner's loss, and end it."""
         if self.parent is None:
             return
         if best is not None:
-            self._log(self.parent, {"best/validation": best.best["validation"]}, {"best.trial": best.name})
+            self._log(self.parent, {"best/validation": best.lowest}, {"best.trial": best.name})
             self._upload(self.parent, report, "report")
         end_mlflow_run(self.parent, status)
 
@@ -84,26 +86,25 @@ class SearchRuns:
         from mlflow.tracking import MlflowClient
 
         try:
-            with short_requests(self.uri, _UPLOAD_REQUEST_SECONDS):
-                client = MlflowClient(self.uri)
+            with short_requests(run.tracking_uri, _UPLOAD_REQUEST_SECONDS):
+                client = MlflowClient(run.tracking_uri)
                 for name, value in metrics.items():
                     client.log_metric(run.run_id, name, value)
-                for name, value in tags.items():
-                    client.set_tag(run.run_id, name, value)
+                for name, tag in tags.items():
+                    client.set_tag(run.run_id, name, tag)
         except Exception as error:  # every kind of store and network has errors of its own
-            self._warn(error)
+            _warn(run, error)
 
     def _upload(self, run: MLflowRun, directory: Path, name: str) -> None:
         from mlflow.tracking import MlflowClient
 
         try:
-            with short_requests(self.uri, _UPLOAD_REQUEST_SECONDS):
-                MlflowClient(self.uri).log_artifacts(run.run_id, str(directory), name)
+            with short_requests(run.tracking_uri, _UPLOAD_REQUEST_SECONDS):
+                MlflowClient(run.tracking_uri).log_artifacts(run.run_id, str(directory), name)
         except Exception as error:  # every kind of store and network has errors of its own
-            self._warn(error)
+            _warn(run, error)
 
-    def _warn(self, error: Exception) -> None:
-        where = without_password(self.uri)
-        print(
-            f"warning: MLflow at {where} does not take the search's results ({reason_of(error)})", flush=True
-        )
+
+def _warn(run: MLflowRun, error: Exception) -> None:
+    where = without_password(run.tracking_uri)
+    print(f"warning: MLflow at {where} does not take the search's results ({reason_of(error)})", flush=True)

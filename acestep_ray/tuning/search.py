@@ -11,6 +11,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from acestep_ray.errors import InputError
+from acestep_ray.training.settings import nobody
 from acestep_ray.tuning.records import DONE, FAILED, STOPPED, Records, TrialRecord
 from acestep_ray.tuning.space import Params, Space
 
@@ -47,7 +48,9 @@ class TrialSearch(Searcher):
         self.running: dict[str, str] = {}
         """Name of the trial by Tune's id."""
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(  # type: ignore[override]  # `Searcher.FINISHED` is a text, which Ray's own type leaves out
+        self, trial_id: str
+    ) -> dict[str, Any] | str | None:
         """The configuration of the next trial; None while enough are running."""
         if len(self.running) >= self.at_once:
             return None
@@ -57,7 +60,9 @@ class TrialSearch(Searcher):
         self.running[trial_id] = record.name
         return {"name": record.name, "params": record.params, "mlflow_run": self.start(record)}
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Learn from a trial that is over."""
         name = self.running.pop(trial_id, None)
         if name is not None and self.optuna is not None:
@@ -120,6 +125,7 @@ class OptunaTPE:
         """The parameters that Optuna would try next."""
         self.asked.add(name)
         found = self.search.suggest(name)
+        assert found is not None, "this search has no end of its own"
         return {key: one.from_optuna(found[key]) for key, one in self.space.dimensions.items()}
 
     def learn(self, record: TrialRecord) -> None:
@@ -157,13 +163,14 @@ def build_scheduler(
 
 def teach(scheduler: TrialScheduler, records: Iterable[TrialRecord]) -> None:
     """Show a scheduler how far the trials of earlier sittings came, which it would compare others with."""
-    controller = SimpleNamespace(get_live_trials=list)
+    # Of Tune's controller and its trials, schedulers ask no more than this.
+    controller: Any = SimpleNamespace(get_live_trials=list)
     for record in records:
         if record.validations and record.is_over:
-            trial = _Known(record.name)
+            trial: Any = _Known(record.name)
             scheduler.on_trial_add(controller, trial)
             for measured in record.validations:
-                scheduler.on_trial_result(controller, trial, measured)
+                scheduler.on_trial_result(controller, trial, dict(measured))
 
 
 class _Known:
@@ -179,21 +186,32 @@ class _Known:
 class Recorder(Callback):
     """Notes what becomes of the trials."""
 
-    def __init__(self, records: Records, ended: Callable[[TrialRecord], None]):
-        """`ended` is called with every trial that is over."""
+    def __init__(
+        self, records: Records, ended: Callable[[TrialRecord], None], changed: Callable[[], None] = nobody
+    ):
+        """`ended` is called with every trial that is over, `changed` whenever something is noted."""
         self.records = records
         self.ended = ended
+        self.changed = changed
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune keeps a pickle of it, which no terminal goes into.
+        return {**self.__dict__, "changed": nobody}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Begin to count its time."""
         self.records.begin(trial.config["name"])
+        self.changed()
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """Note a validation."""
         if "error" not in result and "interrupted" not in result:
             self.records.note(trial.config["name"], result)
+            self.changed()
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note whether it came to its end or was stopped."""
         name, result = trial.config["name"], trial.last_result
         if "interrupted" in result:
@@ -203,11 +221,11 @@ class Recorder(Callback):
         else:
             self._end(name, DONE if result.get("is_last") else STOPPED)
 
-    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note a failure after which it is started again."""
         self.records.fail(trial.config["name"])
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note a failure that was one too many."""
         lines = (trial.get_error() or "its process ended").strip().splitlines()
         self._end(trial.config["name"], FAILED, lines[-1])
@@ -215,15 +233,16 @@ class Recorder(Callback):
     def _end(self, name: str, state: str, error: str | None = None) -> None:
         self.records.end(name, state, error)
         self.ended(self.records[name])
+        self.changed()
 
 
 class StopWhenAsked(Stopper):
     """Ends all trials once it was asked to; `stop_all` is looked at in every round of Tune."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_asked = False
 
-    def __call__(self, trial_id: str, result: dict) -> bool:
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial is ended for its own sake."""
         return False
 

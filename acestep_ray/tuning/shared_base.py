@@ -15,8 +15,9 @@ from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.quantised import QuantisedLinear
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.tracking import MLflowRun
-from acestep_ray.training.lora import add_lora, load_lora
-from acestep_ray.training.model import UNQUANTISED, fuse_passes, initial_loras, store_frozen
+from acestep_ray.training.initial_lora import initial_loras, load_lora
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.model import UNQUANTISED, fuse_passes, store_frozen
 from acestep_ray.tuning.loop import Measured, SteppedLoop, Turns
 from acestep_ray.tuning.space import Params
 from acestep_ray.tuning.trial import TrialPlan, start_loop
@@ -31,8 +32,11 @@ class SharedBase:
         self.base.requires_grad_(False)
         store_frozen(self.base, config, device)
 
-    def build(self, config: TrainConfig, lora: Mapping[str, Any], device: torch.device) -> ACEStepTransformer:
+    def build(
+        self, config: TrainConfig, lora: Mapping[str, Any] | None, device: torch.device
+    ) -> ACEStepTransformer:
         """What `build_transformer` gives, number for number, on the base's own tensors."""
+        assert lora is not None, "a trial trains nothing but its LoRA"
         transformer = self._without_weights(config, device)
         torch.manual_seed(config.seed)  # LoRA's first matrices are random
         add_lora(transformer, lora)
@@ -102,7 +106,7 @@ class SharedBaseHost:
             )
             return True
 
-    def next(self, name: str) -> tuple[Measured | None, dict | None]:
+    def next(self, name: str) -> tuple[Measured | None, dict[str, Any] | None]:
         """What the trial's next validation measures, or None and what the run returned."""
         loop = self.loops[name]
         return loop.next(), loop.outcome

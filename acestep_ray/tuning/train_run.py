@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.result import Result
 
 from acestep_ray.errors import AceStepError
 from acestep_ray.ray_runtime import StopSignal, beside_driver, share_of
@@ -35,13 +36,15 @@ class TrainRun:
         self._stack = contextlib.ExitStack()
         storage_path, book = self._stack.enter_context(rays_book(self._settings.checkpoints))
         self._stop = StopSignal()
+        # Ray's type has it return nothing.
+        work: Callable[[], Any] = partial(
+            run_worker,
+            self._settings,
+            partial(say_warnings, plan.say, name),
+            _AnyOf((plan.stop.asked, self._stop.asked)),
+        )
         self._trainer = TorchTrainer(
-            partial(
-                run_worker,
-                self._settings,
-                partial(say_warnings, plan.say, name),
-                _AnyOf((plan.stop.asked, self._stop.asked)),
-            ),
+            work,
             torch_config=SavingTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=self._settings.config.devices,
@@ -55,7 +58,7 @@ class TrainRun:
                 storage_path=storage_path,
                 name=book,
                 failure_config=FailureConfig(max_failures=self._settings.config.max_failures),
-                callbacks=[_Forward(self._mail)],
+                callbacks=[_Forward(self._mail)],  # type: ignore[list-item]  # mypy takes `RunConfig` for the older one
             ),
         )
         self._loop = SteppedLoop(self._work)
@@ -86,19 +89,20 @@ class TrainRun:
                     if measured is not None:
                         report(measured)
         try:
-            outcome = running.result().return_value
+            outcome = cast(Result, running.result()).return_value
         except TrainingFailedError as error:
             ours = [e for e in getattr(error, "worker_failures", {}).values() if isinstance(e, AceStepError)]
             raise ours[0] if ours else error from error
         if isinstance(outcome, AceStepError):
             raise outcome
+        assert outcome is not None, "the loop of a worker returns one"
         return outcome
 
 
 class _Mail:
     """An actor that holds what the workers' run reports until the trial takes it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reports: list[dict[str, float]] = []
 
     def put(self, metrics: dict[str, float]) -> None:
@@ -112,7 +116,7 @@ class _Mail:
 class _Forward(UserCallback):
     """Sends the first worker's reports on."""
 
-    def __init__(self, mail: ActorHandle):
+    def __init__(self, mail: ActorHandle[_Mail]):
         self.mail = mail
 
     def after_report(self, run_context: Any, metrics: list[dict[str, float]], checkpoint: Any) -> None:

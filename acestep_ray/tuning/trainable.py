@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -16,7 +16,14 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorErro
 
 from acestep_ray.errors import AceStepError
 from acestep_ray.ray_runtime import StopSignal
-from acestep_ray.tuning.loop import Measured
+from acestep_ray.tuning.loop import Measured, SteppedLoop
+
+if TYPE_CHECKING:
+    from acestep_ray.tracking import MLflowRun
+    from acestep_ray.tuning.shared_base import SharedBaseHost
+    from acestep_ray.tuning.space import Params
+    from acestep_ray.tuning.train_run import TrainRun
+    from acestep_ray.tuning.trial import TrialPlan
 
 NOTHING = {"step": 0, "validation": math.nan}
 """In place of a validation, in a result that says what has happened instead."""
@@ -32,15 +39,15 @@ class TrialActor(tune.Trainable):
     Its checkpoints are its run's, in the trial's folder; started again, it goes on from there.
     """
 
-    def setup(
+    def setup(  # type: ignore[override]  # Tune's `with_parameters` brings what comes after `config`
         self,
         config: dict[str, Any],
-        plan: Sequence[ray.ObjectRef],
+        plan: Sequence[ray.ObjectRef[TrialPlan]],
         stop: StopSignal,
         total_steps: int,
-        hosts: Sequence[ActorHandle],
+        hosts: Sequence[ActorHandle[SharedBaseHost]],
         workers: int,
-    ):
+    ) -> None:
         """`config` has the trial's `name`, its `params` and its `mlflow_run`; `plan` is where the search's plan lies.
 
         A trial on a shared base never fetches it, nor loads the libraries that its types need.
@@ -48,7 +55,7 @@ class TrialActor(tune.Trainable):
         (self.plan,) = plan
         self.total_steps, self.hosts, self.workers = total_steps, hosts, workers
         self.asked_to_stop = stop.asked
-        self.loop: Any = None
+        self.loop: SteppedLoop | TrainRun | HostedLoop | None = None
 
     def step(self) -> dict[str, Any]:
         """Train up to the next validation; what it measured, and whether it was the last.
@@ -73,9 +80,11 @@ class TrialActor(tune.Trainable):
             return {**NOTHING, "interrupted": True}
         from acestep_ray.tuning.trial import last_measured
 
-        return {**last_measured(self.loop.outcome), "is_last": True, "done": True}
+        outcome = self.loop.outcome
+        assert outcome is not None, "a loop that has ended has one"
+        return {**last_measured(outcome), "is_last": True, "done": True}
 
-    def begin(self) -> Any:
+    def begin(self) -> SteppedLoop | TrainRun | HostedLoop:
         """Begin or continue the run of the trial."""
         arguments = (self.config["name"], self.config["params"], self.config["mlflow_run"])
         if self.hosts:
@@ -109,11 +118,11 @@ class HostedLoop:
 
     def __init__(
         self,
-        plan: ray.ObjectRef,
-        hosts: Sequence[ActorHandle],
+        plan: ray.ObjectRef[TrialPlan],
+        hosts: Sequence[ActorHandle[SharedBaseHost]],
         name: str,
-        params: dict[str, Any],
-        mlflow_run: Any,
+        params: Params,
+        mlflow_run: MLflowRun | None,
     ):
         self.name = name
         self.outcome: dict[str, Any] | None = None
@@ -135,8 +144,12 @@ class HostedLoop:
             ray.get(self.host.leave.remote(self.name))
 
     def _free_host(
-        self, hosts: Sequence[ActorHandle], plan: ray.ObjectRef, params: dict[str, Any], mlflow_run: Any
-    ) -> ActorHandle | None:
+        self,
+        hosts: Sequence[ActorHandle[SharedBaseHost]],
+        plan: ray.ObjectRef[TrialPlan],
+        params: Params,
+        mlflow_run: MLflowRun | None,
+    ) -> ActorHandle[SharedBaseHost] | None:
         """A host that has begun the trial, any of those with a free seat. Raises RuntimeError where none is left."""
         lost = 0
         for host in random.sample(hosts, len(hosts)):

@@ -16,7 +16,7 @@ from acestep_ray.storage import Store
 from acestep_ray.tracking import MLflowRun
 from acestep_ray.training.experiment import CHECKPOINTS
 from acestep_ray.training.model import build_transformer
-from acestep_ray.training.settings import WorkerPlace, WorkerSettings
+from acestep_ray.training.settings import Build, StepsDone, WorkerPlace, WorkerSettings
 from acestep_ray.training.streaming import Stream
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 from acestep_ray.training.worker import train_worker
@@ -77,7 +77,7 @@ def start_loop(
     mlflow_run: MLflowRun | None,
     device: torch.device,
     *,
-    build: Callable = build_transformer,
+    build: Build = build_transformer,
     turns: Turns | None = None,
 ) -> SteppedLoop:
     """Begin or continue a trial as the only worker of its run, in a thread of this process."""
@@ -105,8 +105,9 @@ def start_loop(
 
 def read_measured(metrics: dict[str, float], settings: WorkerSettings) -> Measured | None:
     """What was measured at a checkpoint; None for one between two validations, of a run that was asked to stop."""
-    step = metrics["step"]
-    if step % settings.config.val_check_interval and step != settings.total_steps:
+    step, pace = int(metrics["step"]), settings.config.val_check_interval
+    assert pace is not None, "a search gives its trials one"
+    if step % pace and step != settings.total_steps:
         return None
     return {"step": step, "validation": metrics[VALIDATION], "train": metrics[FIXED_NOISE]}
 
@@ -117,7 +118,7 @@ def last_measured(outcome: dict[str, Any]) -> Measured:
     return {"step": int(step), "validation": validation, "train": outcome[FIXED_NOISE][step]}
 
 
-def say_warnings(say: Callable[[str], None], name: str, line: str) -> None:
+def say_warnings(say: Callable[[str], None], name: str, line: str | StepsDone) -> None:
     """Pass a trial's warnings on; how far each of many trials is would fill the terminal."""
-    if line.startswith("warning"):
+    if isinstance(line, str) and line.startswith("warning"):
         say(f"{name}: {line}")

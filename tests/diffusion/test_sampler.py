@@ -8,7 +8,8 @@ import torch
 from acestep_ray.diffusion import sampler
 from acestep_ray.diffusion.guidance import ProjectedGuidance
 from acestep_ray.diffusion.sampler import sample
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.tiny_checkpoint import TRANSFORMER_CONFIG
 
 

@@ -18,7 +18,8 @@ from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.tracking import Tracker
 from acestep_ray.training.experiment import note_identity, run_identity
-from acestep_ray.training.lora import DEFAULT_LORA, add_lora
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.state import Checkpoints, TrainingState, take_snapshot
 
 CONVOLUTIONS = ["inverted_conv.conv", "point_conv.conv"]

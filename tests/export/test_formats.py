@@ -15,12 +15,13 @@ from acestep_ray.config import ExportConfig
 from acestep_ray.errors import InputError
 from acestep_ray.export.formats import FORMATS
 from acestep_ray.export.job import export
-from acestep_ray.export.lora import ADAPTER_NAME, write_lora
+from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.reading import LORA_FILE, METADATA_KEY, open_lora
 from acestep_ray.models.transformer import ACEStepTransformer, PointwiseConv
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from tests.export import players
 from tests.export.conftest import CONVOLUTIONS, DORA, PATTERNS, RSLORA, largest_difference, velocity
+from tests.loras import write_lora
 
 PLAYERS = {
     "universal": [

@@ -16,14 +16,15 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.export import hub
 from acestep_ray.export.card import CARD, NOTES_KEY, PICTURE, _release_fingerprint
 from acestep_ray.export.job import export
-from acestep_ray.export.lora import ADAPTER_NAME, merge_loras, write_lora
+from acestep_ray.export.lora import ADAPTER_NAME, merge_loras
 from acestep_ray.export.reading import LORA_FILE, open_lora
 from acestep_ray.models.checkpoint import ACE_STEP_V1, TRANSFORMER
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import FINGERPRINTS, IDENTITY_FILE
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from tests.cache.rows import reject, song_row, write_rows
 from tests.export.conftest import RSLORA, largest_difference, velocity
+from tests.loras import write_lora
 
 TWO = {
     "adapters": {

@@ -16,7 +16,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.export import merge as merging
 from acestep_ray.export.extract import REPORT, extract
 from acestep_ray.export.job import export
-from acestep_ray.export.lora import ADAPTER_NAME, merge_lora, merge_loras, write_lora
+from acestep_ray.export.lora import ADAPTER_NAME, merge_loras
 from acestep_ray.export.low_rank import best_of_rank, reduced
 from acestep_ray.export.merge import RECORD, merge
 from acestep_ray.export.mix import mix
@@ -24,6 +24,7 @@ from acestep_ray.export.reading import LORA_FILE, LoraUpdate, open_lora
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.transformer import is_unused_parameter
 from tests.export.conftest import DORA, PATTERNS, RSLORA, largest_difference, velocity
+from tests.loras import write_lora
 
 BASE_FILE = f"{TRANSFORMER}/diffusion_pytorch_model.safetensors"
 
@@ -188,7 +189,7 @@ def test_the_difference_of_a_merged_model_is_its_lora_again(tmp_path, checkpoint
     assert summary.relative_error < 1e-5
     assert summary.left_out == {}
     again = checkpoint.load_transformer()
-    merge_lora(again, tmp_path / "out")
+    merge_loras(again, [(tmp_path / "out", 1.0)])
     assert largest_difference(velocity(again), velocity(model)) < 1e-5
 
 
@@ -320,7 +321,7 @@ def test_a_mixture_plays_what_its_parts_play_together(tmp_path, checkpoint, two_
     mixed(paths, tmp_path / "out", lora_weight="0.7,-0.4")
     together, alone = checkpoint.load_transformer(), checkpoint.load_transformer()
     merge_loras(together, [(paths[0], 0.7), (paths[1], -0.4)])
-    merge_lora(alone, tmp_path / "out")
+    merge_loras(alone, [(tmp_path / "out", 1.0)])
     assert largest_difference(velocity(alone), velocity(together)) < 1e-5
     ranks = {name: update.rank for name, update in open_lora(tmp_path / "out" / LORA_FILE).updates.items()}
     assert ranks["transformer_blocks.0.attn.to_q"] == 4 + 8
@@ -365,9 +366,9 @@ def test_the_command_merges_extracts_and_mixes(tmp_path, checkpoint, two_loras, 
     assert "strength 0.5" in capsys.readouterr().out
     tuned = ["--finetuned_path", str(tmp_path / "merged"), "--rank", "12", "--device", "cpu"]
     assert cli.main(["export", "extract", *base, *tuned, "--output_dir", str(tmp_path / "lora")]) == 0
-    assert "in all    0.0000" in capsys.readouterr().out
+    assert "in all   0.0000" in capsys.readouterr().out
     assert cli.main(["export", "mix", *both, "--output_dir", str(tmp_path / "mix"), "--rank", "2"]) == 0
-    assert "rank   2" in capsys.readouterr().out
+    assert "rank     2" in capsys.readouterr().out
     assert cli.main(["export", "merge", *base, *both, "--output_dir", str(tmp_path / "merged")]) == 2
     assert "something here" in capsys.readouterr().err
 

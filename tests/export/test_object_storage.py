@@ -22,7 +22,8 @@ from acestep_ray.export.mix import mix
 from acestep_ray.export.reading import LORA_FILE, open_lora
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store, fetched, upload_folder
-from acestep_ray.training.lora import DEFAULT_LORA, load_lora, read_lora_config
+from acestep_ray.training.initial_lora import load_lora
+from acestep_ray.training.lora_config import DEFAULT_LORA, read_lora_config
 from tests.export.conftest import largest_difference, velocity
 
 

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from acestep_ray import cli
 from acestep_ray.errors import InputError
 from acestep_ray.export.info import info
-from acestep_ray.export.lora import ADAPTER_NAME, write_lora
+from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import flattened, is_module, unflattened
 from acestep_ray.export.reading import LORA_FILE, METADATA_KEY, PEFT_FILE, open_lora
 from acestep_ray.export.source import open_source
 from tests.export.conftest import DORA, PATTERNS, RSLORA
+from tests.loras import write_lora
 
 MODULE = "transformer_blocks.0.attn.to_q"
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from acestep_ray.diffusion.objective import SSLTarget, TrainingBatch
 from acestep_ray.diffusion.schedule import sigma_index, training_sigmas
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
 
 
 def build_transformer(golden) -> ACEStepTransformer:

@@ -7,11 +7,13 @@ import torch
 from safetensors import safe_open
 
 from acestep_ray.diffusion.objective import flow_matching_losses
-from acestep_ray.export.lora import write_lora
+from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.models.transformer import is_unused_parameter
-from acestep_ray.training.lora import ADAPTER_NAME, DEFAULT_LORA, add_lora
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from tests.golden.cases import build_transformer, trajectory_batch
+from tests.loras import write_lora
 
 PEAK, WARMUP, STEPS, CLIP = 1e-3, 2, 10, 0.5
 

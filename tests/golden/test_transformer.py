@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from acestep_ray.diffusion.objective import flow_matching_losses
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig, is_unused_parameter
+from acestep_ray.models.transformer import ACEStepTransformer, is_unused_parameter
+from acestep_ray.models.transformer_config import TransformerConfig
 from tests.golden.cases import build_transformer, stored_batch
 
 CASES = ["full", "single"]

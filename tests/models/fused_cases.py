@@ -19,7 +19,8 @@ from acestep_ray.models import (
 )
 from acestep_ray.models.fused import fuse
 from acestep_ray.models.lyric_encoder import LyricEncoderConfig
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.training.lora import add_lora
 
 CONFIG = TransformerConfig(

@@ -10,7 +10,7 @@ import json
 import torch
 from torch import Tensor
 
-from acestep_ray.models import kernels, triton_kernels
+from acestep_ray.models import codec_attention_kernels, codec_kernels, hubert_kernels, kernels
 from acestep_ray.models.mel import LogMelSpectrogram
 
 BATCH, HEIGHT, WIDTH = 3, 3, 7
@@ -34,18 +34,18 @@ def image_cases(dtype: torch.dtype, widths: Tensor | None) -> dict[str, float]:
     small = {"run": 2, "block": 16}
     errors = {
         "gated depthwise": relative_error(
-            triton_kernels.depthwise(x, depth, bias, widths, True, **small),
+            codec_kernels.depthwise(x, depth, bias, widths, True, **small),
             kernels.gated_depthwise(x, depth, bias, widths),
         ),
         "depthwise": relative_error(
-            triton_kernels.depthwise(x, wide_depth, None, widths, False, **small),
+            codec_kernels.depthwise(x, wide_depth, None, widths, False, **small),
             kernels.depthwise(x, wide_depth, None, widths),
         ),
         "bias and SiLU": relative_error(
-            triton_kernels.bias_silu_(x.clone(), bias, widths), kernels.bias_silu_(x.clone(), bias, widths)
+            codec_kernels.bias_silu_(x.clone(), bias, widths), kernels.bias_silu_(x.clone(), bias, widths)
         ),
         "RMSNorm and residual": relative_error(
-            triton_kernels.add_rms_norm_(y, x.clone(), gain, bias, 1e-5, widths),
+            codec_kernels.add_rms_norm_(y, x.clone(), gain, bias, 1e-5, widths),
             kernels.add_rms_norm_(y, x.clone(), gain, bias, 1e-5, widths),
         ),
     }
@@ -54,19 +54,19 @@ def image_cases(dtype: torch.dtype, widths: Tensor | None) -> dict[str, float]:
         halved, shift = random(BATCH, HEIGHT, WIDTH, outputs, dtype=dtype), random(outputs, dtype=dtype)
         group = 4 * channels // outputs
         errors[f"down, groups of {group}"] = relative_error(
-            triton_kernels.add_halved_(image, halved.clone(), shift, group, widths),
+            codec_kernels.add_halved_(image, halved.clone(), shift, group, widths),
             kernels.add_halved_(image, halved.clone(), shift, group, widths),
         )
     mel, weight = random(BATCH, 2, HEIGHT, WIDTH, dtype=torch.float32), random(20, 2, 3, 3, dtype=dtype)
     errors["first convolution"] = relative_error(
-        triton_kernels.first_convolution(mel, weight, bias, widths),
+        codec_kernels.first_convolution(mel, weight, bias, widths),
         kernels.first_convolution(mel, weight, bias, widths),
     )
     qkv, wide = random(2, BATCH, HEIGHT, WIDTH, 2 * 3 * HEAD_DIM, dtype=dtype)
     scales = [(qkv, None), (wide, random(2 * 3 * HEAD_DIM, HEAD_DIM, 1, 1, dtype=dtype))]
     # What attention gives past a song's end is not defined.
     errors["linear attention"] = relative_error(
-        kernels.masked(triton_kernels.linear_attention(scales, HEAD_DIM, widths), widths),
+        kernels.masked(codec_attention_kernels.linear_attention(scales, HEAD_DIM, widths), widths),
         kernels.masked(kernels.linear_attention(scales, HEAD_DIM, widths), widths),
     )
     return errors
@@ -79,7 +79,7 @@ def wave_cases(dtype: torch.dtype) -> dict[str, float]:
     for added in (None, gain):
         for gelu in (False, True):
             errors[f"layer norm, added {added is not None}, GELU {gelu}"] = relative_error(
-                triton_kernels.layer_norm(x, added, gain, bias, 1e-5, gelu),
+                hubert_kernels.layer_norm(x, added, gain, bias, 1e-5, gelu),
                 kernels.layer_norm(x, gain, bias, 1e-5, added=added, gelu=gelu),
             )
     wave, taps = random(2, 333, dtype=torch.float32), random(channels, 10, dtype=torch.float32)
@@ -94,19 +94,19 @@ def wave_cases(dtype: torch.dtype) -> dict[str, float]:
 
 def with_kernels(function, *arguments, **options):
     """As on a GPU."""
-    chosen = kernels.triton_kernels
-    kernels.triton_kernels = lambda x: triton_kernels
+    chosen = kernels.runs_triton
+    kernels.runs_triton = lambda x: True
     try:
         return function(*arguments, **options)
     finally:
-        kernels.triton_kernels = chosen
+        kernels.runs_triton = chosen
 
 
 def long_attention() -> float:
     """More pixels than one chunk has, in songs of different lengths."""
     widths = torch.tensor([700, 90])
     scales = [(random(2, 2, 700, 3 * HEAD_DIM, dtype=torch.float32), None)]
-    found = triton_kernels.linear_attention(scales, HEAD_DIM, widths)
+    found = codec_attention_kernels.linear_attention(scales, HEAD_DIM, widths)
     wanted = kernels.linear_attention(scales, HEAD_DIM, widths)
     return relative_error(kernels.masked(found, widths), kernels.masked(wanted, widths))
 

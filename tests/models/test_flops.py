@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from acestep_ray.models.flops import Lengths, Trained, model_flops
 from acestep_ray.models.lyric_encoder import LyricEncoderConfig
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
-from acestep_ray.training.lora import DEFAULT_LORA, add_lora
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora_config import DEFAULT_LORA
 
 CONFIG = TransformerConfig(
     num_layers=3,

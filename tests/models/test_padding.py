@@ -8,7 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from acestep_ray.diffusion.objective import SSLTarget, TrainingBatch, flow_matching_losses
 from acestep_ray.models.lyric_encoder import LyricEncoderConfig
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
 
 CONFIG = TransformerConfig(
     num_layers=3,

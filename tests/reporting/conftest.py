@@ -20,7 +20,7 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.storage import Store
 from acestep_ray.tracking import Tracker
 from acestep_ray.training.experiment import note_identity, run_identity
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.state import Checkpoints, Snapshot, TrainingState
 from tests.browser import open_browser
 from tests.cache.rows import reject, song_row, write_rows

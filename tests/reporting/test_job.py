@@ -16,6 +16,7 @@ from acestep_ray.config import GenerateConfig
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.lyrics.tokenizer import build_tiny_vocabulary
 from acestep_ray.errors import InputError
+from acestep_ray.export.card import read_run as read_run_for_its_card
 from acestep_ray.generation.job import MadeSong
 from acestep_ray.quickstart import note_music
 from acestep_ray.reporting.curves import read_events
@@ -290,3 +291,11 @@ def test_of_a_run_in_object_storage_a_copy_is_read_and_the_page_is_put_beside_it
     assert "<audio" in page
     with pytest.raises(InputError, match="nothing of a run is here"):
         report("memory://bucket/nowhere")
+
+
+def test_logs_in_object_storage_of_a_run_on_this_machine_are_read_there(write_run):
+    folder = write_run(logger_dir="memory://bucket/of-logs")
+    upload_folder(folder.parent / "logs", Store.at("memory://bucket/of-logs"))
+    shutil.rmtree(folder.parent / "logs")
+    assert facts_of(page_of(folder))["loss, training"] == "3.0000 → 2.2200"
+    assert list(read_run_for_its_card(folder, 40).losses["training"].values())[-1] == pytest.approx(2.22)

@@ -20,11 +20,14 @@ from acestep_ray.cache.schema import INDEX_SCHEMA, MANIFEST, table_from_bytes, t
 from acestep_ray.data.schema import open_dataset
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
 from acestep_ray.errors import InputError
+from acestep_ray.export.card import read_run as read_run_for_its_card
 from acestep_ray.export.reading import open_lora
 from acestep_ray.models.weights import check_weight_file, read_json
 from acestep_ray.plain_yaml import load_yaml
+from acestep_ray.reporting.run import read_run
 from acestep_ray.storage import Store
-from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.experiment import IDENTITY_FILE, check_unchanged
+from acestep_ray.training.lora_config import read_lora_config
 from tests.cache.rows import song_row, write_rows
 
 DEEP = "[" * 100_000
@@ -76,6 +79,13 @@ def test_json_that_is_nested_too_deep_is_a_mistake_in_every_file(tmp_path):
     (tmp_path / "set/state.json").write_bytes(path.read_bytes())
     with pytest.raises(InputError, match="damaged"):
         open_dataset(tmp_path / "set")
+    run = Store.at(tmp_path / "run")
+    run.write_bytes(IDENTITY_FILE, path.read_bytes())
+    with pytest.raises(InputError, match=r"does not read.*nested too deep"):
+        check_unchanged(run, {"--shift": 3.0}, allow_changes=False)
+    with pytest.raises(InputError, match="nested too deep"):
+        read_run_for_its_card(tmp_path / "run", 1)
+    assert any("nested too deep" in told for told in read_run(tmp_path / "run").missing)
 
 
 def test_a_configuration_of_gigabytes_is_not_read(tmp_path):

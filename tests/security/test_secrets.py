@@ -22,7 +22,7 @@ from acestep_ray.storage import Store
 from acestep_ray.tracking import environment_tags, mlflow_uri
 from acestep_ray.training.experiment import FINGERPRINTS, note_identity, run_identity
 from acestep_ray.training.job import prepare_experiment
-from acestep_ray.training.worker import WorkerSettings
+from acestep_ray.training.settings import WorkerSettings
 from acestep_ray.tuning.job import begin_parent
 from acestep_ray.tuning.records import Records
 from acestep_ray.tuning.report import write_best

@@ -21,7 +21,7 @@ from acestep_ray.data.audio import to_training_audio
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.samples import SAMPLER
 from acestep_ray.training.settings import WorkerPlace, WorkerSettings
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints

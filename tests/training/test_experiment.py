@@ -20,7 +20,7 @@ from acestep_ray.training.experiment import (
     only_run,
     run_identity,
 )
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 
 CONFIG = TrainConfig(dataset_path="cache", checkpoint_dir="checkpoint")
 # Settings that change neither the batches nor what is learned from them.

@@ -19,7 +19,7 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import EXIT_INTERRUPTED
 from acestep_ray.storage import Store
 from acestep_ray.training.job import train
-from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.lora_config import read_lora_config
 from acestep_ray.training.settings import WorkerSettings
 from acestep_ray.training.state import Checkpoints
 from tests.processes import wait_until, worker_processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -86,8 +87,14 @@ def test_held_out_songs_have_a_loss_of_their_own(settings):
     assert list(scalars(settings, "loss/validation/q4")) == list(range(0, 13, 2))
 
 
-def test_a_run_ends_with_a_checkpoint_when_the_validation_loss_falls_no_more(settings, monkeypatch):
-    losses = iter([8.0, 4.0, 3.0, 5.0, 3.5, 1.0])
+@pytest.mark.parametrize(
+    "validation",
+    [[8.0, 4.0, 3.0, 5.0, 3.5, 1.0], [math.nan, 8.0, 4.0, 5.0, 4.5, 1.0], [9.0, 8.0, 7.0, *[math.nan] * 3]],
+)
+def test_a_run_ends_with_a_checkpoint_when_the_validation_loss_falls_no_more(
+    settings, monkeypatch, validation
+):
+    losses = iter(validation)
 
     def fixed_noise_losses(transformer, read, songs, *_, **__):
         return [next(losses) if songs == [1] else 7.0] * 8

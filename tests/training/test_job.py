@@ -18,19 +18,19 @@ from safetensors.torch import load
 
 from acestep_ray.config import GenerateConfig
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.generation.job import generate
 from acestep_ray.storage import Store
 from acestep_ray.training import launch
 from acestep_ray.training.experiment import only_run
-from acestep_ray.training.job import train
+from acestep_ray.training.job import find_samples, train
 from acestep_ray.training.launch import (
     fit_interruptibly,
     reserved_by_worker,
     run_worker,
     short_wait_for_lost_nodes,
 )
-from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.lora_config import read_lora_config
 from acestep_ray.training.settings import WorkerSettings, never
 from acestep_ray.training.state import WEIGHTS_FILE
 from acestep_ray.training.worker import TrainingDivergedError
@@ -109,6 +109,14 @@ def test_all_weights_are_trained_by_two_workers_and_the_result_makes_music(two_c
     assert shorter.steps == 3
 
 
+def test_samples_are_told_by_step_and_other_sounds_in_their_folder_are_left_alone(tmp_path):
+    for name in ("step=12/a.wav", "step=4/a.wav", "step=4/b.wav", "step=4/a.png", "mine.wav"):
+        Store.at(tmp_path).write_bytes(name, b"")
+    assert find_samples(Store.at(tmp_path)) == [
+        tmp_path / name for name in ("step=4/a.wav", "step=4/b.wav", "step=12/a.wav")
+    ]
+
+
 @pytest.mark.ray
 def test_more_workers_than_the_cluster_holds_are_refused(two_cpus, config):
     with pytest.raises(InputError, match="--devices 3"):
@@ -116,6 +124,7 @@ def test_more_workers_than_the_cluster_holds_are_refused(two_cpus, config):
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_an_error_of_the_loop_reaches_the_user_as_it_is(two_cpus, config):
     diverging = replace(config, learning_rate=1e30, gradient_clip_val=1e30, max_skipped_steps=2, ssl_coeff=0)
     with pytest.raises(Exception, match=r"the last \d steps before step 4 had no finite loss") as raised:

@@ -13,24 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from acestep_ray.errors import InputError
-from acestep_ray.export.lora import (
-    LORA_FILE,
-    METADATA_KEY,
-    find_lora_file,
-    lora_files,
-    lora_layers,
-    merge_lora,
-    write_lora,
-)
+from acestep_ray.export.lora import ADAPTER_NAME, lora_files, lora_layers, merge_loras
+from acestep_ray.export.reading import LORA_FILE, METADATA_KEY, find_lora_file
 from acestep_ray.models.transformer import ACEStepTransformer, PointwiseConv
-from acestep_ray.training.lora import (
-    ADAPTER_NAME,
-    DEFAULT_LORA,
-    adapter_configs,
-    add_lora,
-    load_lora,
-    read_lora_config,
-)
+from acestep_ray.training.initial_lora import load_lora
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora_config import DEFAULT_LORA, adapter_configs, read_lora_config
+from tests.loras import write_lora
 from tests.models.test_padding import CONFIG, pad, random_song
 
 CONVOLUTIONS = ["inverted_conv.conv", "point_conv.conv"]
@@ -70,7 +59,7 @@ def trained_model(config, seed=1):
 def merged_model(*paths, weight=1.0):
     model = new_model()
     for path in paths:
-        merge_lora(model, path, weight)
+        merge_loras(model, [(path, weight)])
     return model
 
 
@@ -178,7 +167,7 @@ def test_a_lora_of_another_model_is_refused(tmp_path):
     torch.manual_seed(0)
     other = ACEStepTransformer(type(CONFIG)(**{**vars(CONFIG), "inner_dim": 64, "num_attention_heads": 4}))
     with pytest.raises(InputError, match="use the checkpoint that the LoRA was trained on"):
-        merge_lora(other, path)
+        merge_loras(other, [(path, 1.0)])
 
 
 def released_form(model):
@@ -546,7 +535,7 @@ def test_a_file_that_is_no_lora_for_the_released_model_is_refused(tmp_path, key,
     path = tmp_path / LORA_FILE
     save_file({f"speaker_embedder.{key}": torch.zeros(shape)}, path, {METADATA_KEY: json.dumps(metadata)})
     with pytest.raises(InputError, match=message):
-        merge_lora(new_model(), path)
+        merge_loras(new_model(), [(path, 1.0)])
 
 
 def test_a_peft_adapter_without_its_configuration_is_refused(tmp_path):
@@ -555,4 +544,4 @@ def test_a_peft_adapter_without_its_configuration_is_refused(tmp_path):
         tmp_path / "adapter_model.safetensors",
     )
     with pytest.raises(InputError, match=r"adapter_config\.json"):
-        merge_lora(new_model(), tmp_path)
+        merge_loras(new_model(), [(tmp_path, 1.0)])

@@ -12,7 +12,7 @@ from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from acestep_ray.errors import InputError
-from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.storage import Store, fetched, lease
 from acestep_ray.training.experiment import check_unchanged, make_folder, note_identity, only_run
 from acestep_ray.training.job import train
@@ -103,7 +103,7 @@ def test_a_sample_that_storage_does_not_take_ends_nothing(config, tmp_path, s3):
         tmp_path, replace(config, max_steps=1), samples=Store.at("s3://no-such-bucket/samples")
     )
     said = []
-    assert train_alone(settings, say=said.append)["step"] == 1
+    assert train_alone(settings, say=lambda line: said.append(str(line)))["step"] == 1
     assert sum("no sample at step 1" in line and "no-such-bucket" in line for line in said) == 1
 
 

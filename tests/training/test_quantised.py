@@ -14,8 +14,10 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.diffusion.objective import flow_matching_losses
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import ADAPTER_NAME, lora_bytes
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
-from acestep_ray.training.lora import DEFAULT_LORA, add_lora
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.model import build_transformer, check_quantisation, store_frozen
 from tests.models.test_padding import CONFIG, pad, random_song
 from tests.training.conftest import Killed, latest_weights, settings_in, train_alone

@@ -73,3 +73,14 @@ def test_a_dataset_smaller_than_a_step_goes_round():
 def test_a_budget_below_the_longest_song_is_refused():
     with pytest.raises(InputError, match="--batch_frames"):
         plan(batch_frames=int(FRAMES.max()) - 1)
+
+
+def test_an_epoch_of_many_songs_is_kept_as_arrays():
+    epoch = plan(batch_size=3)._epoch(0)
+    assert len(epoch) == len(epoch.order) == -(-len(FRAMES) // 3)
+    assert sum(column.nbytes for column in (epoch.songs, epoch.begins, epoch.order)) <= 24 * len(FRAMES)
+
+
+def test_the_plan_of_a_run_that_has_begun_stays_what_it_was():
+    first = tuple(b.songs for b in stream(plan(**BY_FRAMES), 1)[:3])
+    assert first == ((672, 381, 883, 544, 998, 448, 941, 255, 843), (549, 953), (236, 163, 980, 149))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import threading
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 
 from acestep_ray.diffusion.objective import flow_matching_losses
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.export.lora import LORA_FILE, lora_bytes
+from acestep_ray.export.lora import ADAPTER_NAME, lora_bytes
+from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import StorageError, Store
 from acestep_ray.training import state as state_module
-from acestep_ray.training.lora import ADAPTER_NAME, add_lora
+from acestep_ray.training.lora import add_lora
 from acestep_ray.training.model import choose_trained
 from acestep_ray.training.optim import build_optimizer, set_learning_rate, stored_parts
 from acestep_ray.training.state import (
@@ -318,6 +320,11 @@ def test_held_out_songs_decide_which_checkpoint_is_best_where_there_are_some():
     assert best_step(trained_on, [1, 2]) == 2
     assert best_step({**trained_on, "validation": {"1": 3.0, "2": 2.0, "3": 2.5}}, [1, 2, 3]) == 2
     assert best_step({"fixed_noise": {}}, [1]) is None
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best():
+    assert best_step({"validation": {"0": math.nan, "1": 3.0, "2": 2.0, "3": math.inf}}, [0, 1, 2, 3]) == 2
+    assert best_step({"validation": {"1": math.nan}}, [1]) is None
 
 
 @pytest.mark.parametrize(("path", "step"), [("step=2", 2), ("", 3), ("step=1/", 1)])

@@ -30,7 +30,7 @@ from acestep_ray.storage import Store
 from acestep_ray.training import scan as scan_module
 from acestep_ray.training import streaming
 from acestep_ray.training.job import train
-from acestep_ray.training.lora import DEFAULT_LORA, read_lora_config
+from acestep_ray.training.lora_config import DEFAULT_LORA, read_lora_config
 from acestep_ray.training.sampler import MicroBatch
 from acestep_ray.training.scan import SCAN_SCHEMA, read_songs, scan, scan_songs
 from acestep_ray.training.songs import open_songs, scan_for_stream

@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.errors import AceStepError
-from acestep_ray.export.lora import LORA_FILE
+from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.storage import StorageError, Store
 from acestep_ray.training import state as state_module
 from acestep_ray.training import worker
@@ -179,7 +179,7 @@ def test_a_sample_that_fails_is_told_and_ends_nothing(settings, monkeypatch):
 
     monkeypatch.setattr(worker, "write_sample", fail)
     told = []
-    assert train_alone(settings, say=told.append)["step"] == 6
+    assert train_alone(settings, say=lambda line: told.append(str(line)))["step"] == 6
     (warning,) = (line for line in told if "no sample" in line)
     assert "step 6: OutOfMemoryError: CUDA out of memory" in warning
     assert Checkpoints(settings.checkpoints).steps()[-1] == 6
@@ -200,7 +200,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_its_song_named(settings, wr
     index = CacheIndex.open(cache)
     plan = build_plan(index.latent_frames, one_song)
     told = []
-    losses = train_alone(settings, say=told.append)
+    losses = train_alone(settings, say=lambda line: told.append(str(line)))
     skipped = [step for step in range(6) if plan.step(step)[0].songs == (index.position("beta"),)]
     assert losses["skipped"] == len(skipped) == 2
     assert math.isfinite(losses["last"])

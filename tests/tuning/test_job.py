@@ -21,7 +21,7 @@ import yaml
 
 from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
-from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.lora_config import read_lora_config
 from acestep_ray.tuning import job
 from acestep_ray.tuning.job import tune
 from acestep_ray.tuning.records import DONE, FAILED, STOPPED, UNFINISHED, Records
@@ -223,7 +223,7 @@ def test_trials_on_a_shared_base_go_on_after_a_kill_and_one_that_diverges_ends_n
     assert records["trial-0000"].failures >= 1
     assert records["trial-0001"].state == FAILED
     assert "no finite loss" in records["trial-0001"].error
-    assert "failed    trial-0001" in summary.render()
+    assert "failed   trial-0001" in summary.render()
     # Number for number what a process of its own has found, which measured half as often.
     assert [one["step"] for one in records["trial-0000"].validations] == [3, 6, 9, 12]
     alone = records_of(config, "eight")["trial-0000"].validations

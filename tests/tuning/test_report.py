@@ -155,6 +155,6 @@ def test_the_terminal_shows_trials_the_winner_and_what_failed(records, tmp_path)
         "state",
     ]
     assert lines[1].split() == ["trial-0001", "64", "2r", "0.0064", "12", "0.4", "0.2", "done"]
-    assert "failed    trial-0003: out of <memory>" in lines
+    assert "failed   trial-0003: out of <memory>" in lines
     assert "4 in 61 s" in summary.render()
     assert f"acestep-ray train --config {tmp_path / 'best' / 'train.yaml'}" in summary.render()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.storage import Store
-from acestep_ray.training.lora import DEFAULT_LORA
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.model import build_transformer
 from acestep_ray.training.state import OPTIMIZER_FILE, WEIGHTS_FILE, Checkpoints
 from acestep_ray.tuning import trainable

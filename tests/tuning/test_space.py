@@ -10,7 +10,8 @@ import torch
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.models.transformer import ACEStepTransformer
-from acestep_ray.training.lora import DEFAULT_LORA, add_lora
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.tuning.distributions import Choice, Log2Int, LogUniform, Uniform
 from acestep_ray.tuning.space import (
     DIMENSIONS,

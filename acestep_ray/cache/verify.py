@@ -1,8 +1,7 @@
-"""`acestep-ray cache verify|stats|prune`: whether a feature cache is whole, what it holds, and what can go."""
+"""`acestep-ray cache verify`: whether a feature cache is whole."""
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from acestep_ray.cache.index import CacheIndex, read_index_table, read_manifest
+from acestep_ray.cache.index import read_index_table, read_manifest
 from acestep_ray.cache.parts import (
     CacheDamagedError,
     content_hash,
-    delete_leftovers,
     fingerprint_of,
     ledger_of_part,
     leftovers,
     read_row,
 )
+from acestep_ray.cache.prune import reached
 from acestep_ray.cache.reader import song_of_row
 from acestep_ray.cache.schema import (
     FEATURE_GROUPS,
@@ -37,17 +36,12 @@ from acestep_ray.cache.schema import (
     CachedSong,
     table_from_bytes,
 )
-from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
+from acestep_ray.terminal import Progress, fact_table
+from acestep_ray.units import size_text
 
 _THREADS = 8
-_SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_PROBLEMS = 100
-_HISTOGRAM_SECONDS = 30
-_BAR_WIDTH = 40
-
-
-# --- verify ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,14 +58,14 @@ class VerifySummary:
 
     def render(self) -> str:
         """The summary as a few lines of text."""
-        lines = [
-            f"feature cache  {self.cache}",
-            f"  songs        {self.songs} in {self.parts} parts, {_size(self.num_bytes)}: all whole",
-            f"  rejects      {self.rejects}",
+        rows: list[tuple[str, object]] = [
+            ("cache", self.cache),
+            ("songs", f"{self.songs} in {self.parts} parts, {size_text(self.num_bytes)}: all whole"),
+            ("rejects", self.rejects),
         ]
         if self.leftovers:
-            lines.append(f"  leftovers    {self.leftovers} files: `acestep-ray cache prune` deletes them")
-        return "\n".join([*lines, f"  took         {self.wall_seconds:.0f} s"])
+            rows.append(("leftovers", f"{self.leftovers} files: `acestep-ray cache prune` deletes them"))
+        return fact_table([*rows, ("took", f"{self.wall_seconds:.0f} s")])
 
 
 def verify_cache(place: str, stream: TextIO | None = None) -> VerifySummary:
@@ -85,8 +79,8 @@ def verify_cache(place: str, stream: TextIO | None = None) -> VerifySummary:
     manifest = read_manifest(store)
     problems: list[str] = []
     index = _indexed(read_index_table(store, manifest))
-    ledger = _verified_table(store, manifest, "ledger", LEDGER_SCHEMA, problems)
-    rejects = _verified_table(store, manifest, "rejects", REJECT_SCHEMA, problems)
+    ledger = verified_table(store, manifest, "ledger", LEDGER_SCHEMA, problems)
+    rejects = verified_table(store, manifest, "rejects", REJECT_SCHEMA, problems)
     if content_hash(store.read_bytes(manifest["index"])) not in manifest["index"]:
         problems.append(f"{manifest['index']}: its content has changed")
     problems += _table_problems(manifest, index, ledger, rejects)
@@ -94,12 +88,12 @@ def verify_cache(place: str, stream: TextIO | None = None) -> VerifySummary:
     sizes = {name: status.size for name, status in store.names(SAMPLES).items()}
     parts = _songs_by_part(index, ledger)
     names = [part["file"][0].as_py() for part in parts]
-    progress = _Progress(len(index), stream if stream is not None else sys.stderr)
+    progress = _Progress(Progress("reading", len(index), "songs", stream=stream))
 
     def check(name: str, part: pa.Table) -> list[str]:
         return list(_part_problems(store, manifest, name, part.to_pylist(), sizes, progress))
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with progress.bar, ThreadPoolExecutor(_THREADS) as pool:
         problems += [problem for found in pool.map(check, names, parts) for problem in found]
     if problems:
         raise CacheDamagedError(_told(store, problems))
@@ -109,7 +103,7 @@ def verify_cache(place: str, stream: TextIO | None = None) -> VerifySummary:
         parts=len(parts),
         rejects=len(rejects),
         num_bytes=sum(sizes[name] for name in names),
-        leftovers=len(leftovers(store, _reached(manifest, names))),
+        leftovers=len(leftovers(store, reached(manifest, names))),
         wall_seconds=time.monotonic() - started,
     )
 
@@ -125,7 +119,7 @@ def _told(store: Store, problems: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _verified_table(
+def verified_table(
     store: Store, manifest: Mapping[str, Any], name: str, schema: pa.Schema, problems: list[str]
 ) -> pa.Table:
     """A table that the manifest names; what is wrong with its file goes to `problems`."""
@@ -264,162 +258,14 @@ def _ssl_problems(song: CachedSong, dims: Mapping[str, int], stride: int) -> Ite
 
 
 class _Progress:
-    """How many songs were read, a line now and then; any thread may tell."""
+    """How many songs were read; any thread may tell."""
 
-    def __init__(self, total: int, stream: TextIO):
-        self.total, self.stream = total, stream
+    def __init__(self, bar: Progress):
+        self.bar = bar
         self.done = 0
-        self.shown = time.monotonic()
         self.lock = threading.Lock()
 
     def show(self, songs: int) -> None:
         with self.lock:
             self.done += songs
-            if time.monotonic() - self.shown >= _SECONDS_BETWEEN_LINES:
-                self.shown = time.monotonic()
-                print(f"{self.done}/{self.total} songs read", file=self.stream, flush=True)
-
-
-# --- stats -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StatsSummary:
-    """What a cache holds."""
-
-    cache: str
-    songs: int
-    parts: int
-    seconds: float
-    """Of audio, padding excluded."""
-    num_bytes: int
-    """Of the songs; index and ledger are a few dozen bytes a song more."""
-    group_bytes: dict[str, int]
-    """By feature group; `other` is the rest: texts, lyric tokens, footers."""
-    lengths: list[int]
-    """Songs by length, a number for each 30 s."""
-    languages: dict[str, int]
-    """In how many songs a language is sung; the empty name counts songs without lyrics."""
-    prompts: tuple[int, float, int]
-    """Least, mean and most prompts of a song."""
-    rejects: dict[str, int]
-    """By reason."""
-
-    def render(self) -> str:
-        """The figures as a table."""
-        per_240s = 240 / self.seconds if self.seconds else 0
-        lines = [
-            f"feature cache  {self.cache}",
-            f"  songs        {self.songs} in {self.parts} parts, {self.seconds / 3600:.1f} h of audio",
-            f"  bytes        {_size(self.num_bytes)}, {_size(self.num_bytes * per_240s)} for 240 s",
-        ]
-        for name, num_bytes in self.group_bytes.items():
-            lines.append(f"    {name:<10} {_size(num_bytes)}, {_size(num_bytes * per_240s)} for 240 s")
-        least, mean, most = self.prompts
-        lines += [f"  prompts      {least} to {most} a song, {mean:.1f} in the mean", "  length"]
-        for i, count in enumerate(self.lengths):
-            seconds = f"{i * _HISTOGRAM_SECONDS}–{(i + 1) * _HISTOGRAM_SECONDS} s"
-            bar = "█" * round(_BAR_WIDTH * count / max(1, *self.lengths))
-            lines.append(f"    {seconds:<10} {count:>8} {bar}".rstrip())
-        lines.append("  languages    of the lyrics")
-        lines += [f"    {name or 'none':<10} {count:>8}" for name, count in self.languages.items()]
-        lines.append(f"  rejects      {sum(self.rejects.values())}")
-        lines += [f"    {reason:<14} {count:>4}" for reason, count in self.rejects.items()]
-        return "\n".join(lines)
-
-
-def cache_stats(place: str) -> StatsSummary:
-    """Figures of the cache at a path or URL, from its ledger and rejects. Raises InputError if there is none."""
-    store = Store.at(place)
-    manifest = read_manifest(store)
-    problems: list[str] = []
-    ledger = _verified_table(store, manifest, "ledger", LEDGER_SCHEMA, problems)
-    rejects = _verified_table(store, manifest, "rejects", REJECT_SCHEMA, problems)
-    if problems:
-        raise InputError(problems[0], where=store.url, fix=f"run `acestep-ray cache verify {store.url}`")
-    seconds = ledger["duration_seconds"].to_numpy()
-    bins = max(1, int(np.ceil(seconds.max(initial=0) / _HISTOGRAM_SECONDS)))
-    lengths, _ = np.histogram(seconds, bins, (0, bins * _HISTOGRAM_SECONDS))
-    prompts = ledger["prompt_count"].to_numpy()
-    total = int(ledger["length"].to_numpy().sum())
-    groups = {name: int(ledger[f"{name}_bytes"].to_numpy().sum()) for name in FEATURE_GROUPS}
-    return StatsSummary(
-        cache=store.url,
-        songs=len(ledger),
-        parts=pc.count_distinct(ledger["file"]).as_py(),
-        seconds=float(seconds.sum()),
-        num_bytes=total,
-        group_bytes={**groups, "other": total - sum(groups.values())},
-        lengths=lengths.tolist(),
-        languages=_languages(ledger["languages"]),
-        prompts=(int(prompts.min()), float(prompts.mean()), int(prompts.max()))
-        if len(prompts)
-        else (0, 0.0, 0),
-        rejects=dict(Counter(rejects["reason"].to_pylist()).most_common()),
-    )
-
-
-def _languages(column: pa.ChunkedArray) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for batch in column.chunks:
-        for languages in batch.to_pylist():
-            counts.update(languages or [""])
-    return dict(counts.most_common())
-
-
-# --- prune -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PruneSummary:
-    """Files that no manifest reaches."""
-
-    cache: str
-    files: list[str]
-    num_bytes: int
-    dry_run: bool
-
-    def render(self) -> str:
-        """What was deleted, or with `dry_run` every file that would be."""
-        verb = "would delete" if self.dry_run else "deleted"
-        lines = [f"{verb} {len(self.files)} files, {_size(self.num_bytes)}, of {self.cache}"]
-        return "\n".join([*lines, *(f"  {name}" for name in self.files if self.dry_run)])
-
-
-def prune_cache(place: str, dry_run: bool = False) -> PruneSummary:
-    """Delete what runs that were killed have left in the cache at a path or URL; with `dry_run` only list it.
-
-    That is every file of the format that the manifest does not reach, `.incoming/` with it: the songs that a killed
-    rerun had encoded, which the next run would have found. Files that are not of the format stay. Not to be used
-    while a run writes to the cache.
-
-    Raises InputError, and deletes nothing, where there is no complete cache: all there is then is what the next run
-    goes on from.
-    """
-    store = Store.at(place)
-    manifest = read_manifest(store)
-    # An index that misses parts may need what lies about: precompute sees to that.
-    parts = CacheIndex.open(store).parts if manifest["counts"]["samples"] else []
-    names = leftovers(store, _reached(manifest, [f"{SAMPLES}/{part}" for part in parts]))
-    statuses = store.names()
-    summary = PruneSummary(
-        cache=store.url,
-        files=names,
-        num_bytes=sum(statuses[name].size for name in names if name in statuses),
-        dry_run=dry_run,
-    )
-    if not dry_run:
-        delete_leftovers(store, names)
-    return summary
-
-
-def _reached(manifest: Mapping[str, Any], parts: Sequence[str]) -> set[str]:
-    return {MANIFEST, *(manifest[name] for name in ("index", "ledger", "rejects")), *parts}
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.4g} TB"
+            self.bar.update(self.done)
