@@ -35,7 +35,8 @@ from acestep_ray.models.checkpoint import (
     CheckpointDir,
 )
 from acestep_ray.models.codec import LATENT_SCALE, LATENT_SHIFT, SAMPLE_RATE, MusicCodec
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.models.vocoder import Vocoder, VocoderConfig
 
 LYRIC_VOCAB_SIZE = 512

@@ -121,12 +121,12 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
     """Without Triton."""
-    chosen = kernels.triton_kernels
-    kernels.triton_kernels = lambda x: None
+    chosen = kernels.runs_triton
+    kernels.runs_triton = lambda x: False
     try:
         yield
     finally:
-        kernels.triton_kernels = chosen
+        kernels.runs_triton = chosen
 
 
 # --- kernels -----------------------------------------------------------------------------------------------
@@ -246,9 +246,9 @@ class Stopwatch:
 def time_kernels(report: Report) -> None:
     """Each pass over memory at the sizes of one song of 240 s."""
     device, width, clock = report.device, 2584, Stopwatch(report)
-    fast = kernels.triton_kernels(torch.empty(0, device=device))
-    if fast is None:
+    if not kernels.runs_triton(torch.empty(0, device=device)):
         raise RuntimeError("no Triton here")
+    from acestep_ray.models import codec_attention_kernels, codec_kernels, mel_kernels
 
     def random(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -258,21 +258,23 @@ def time_kernels(report: Report) -> None:
     size = x.numel() * 3 / 1e9
     for run, block, warps in ((4, 256, 4), (4, 512, 8), (4, 128, 2), (2, 256, 4), (6, 256, 4), (8, 128, 4)):
         options = {"run": run, "block": block, "warps": warps}
-        clock(f"gated 3×3 {options}", size, fast.depthwise, x, taps, bias, None, True, **options)
-    clock("gated 3×3, padded", size, fast.depthwise, x, taps, bias, full, True)
+        clock(f"gated 3×3 {options}", size, codec_kernels.depthwise, x, taps, bias, None, True, **options)
+    clock("gated 3×3, padded", size, codec_kernels.depthwise, x, taps, bias, full, True)
     del x
     x, taps = random(1, 16, width, 3072), random(3072, 1, 5, 5)
     size = x.numel() * 4 / 1e9
     for run, block, warps in ((4, 256, 4), (8, 256, 4), (8, 128, 4), (4, 512, 8), (4, 128, 2), (6, 256, 4)):
         options = {"run": run, "block": block, "warps": warps}
-        clock(f"depthwise 5×5 {options}", size, fast.depthwise, x, taps, None, None, False, **options)
+        clock(
+            f"depthwise 5×5 {options}", size, codec_kernels.depthwise, x, taps, None, None, False, **options
+        )
     scales = [(x, None), (x, random(3072, 32, 1, 1))]
     size = (2 * x.numel() + 16 * width * 2048) * 2 / 1e9
     for widths in (None, full):
         clock(
             f"attention{'' if widths is None else ', padded'}",
             size,
-            fast.linear_attention,
+            codec_attention_kernels.linear_attention,
             scales,
             32,
             widths,
@@ -284,34 +286,56 @@ def time_kernels(report: Report) -> None:
         size = x.numel() * 2 / 1e9
         for widths in (None, torch.tensor([x.shape[2]], device=device)):
             padded = "" if widths is None else ", padded"
-            clock(f"RMSNorm {channels}{padded}", 3 * size, fast.add_rms_norm_, x, y, gain, gain, 1e-5, widths)
+            clock(
+                f"RMSNorm {channels}{padded}",
+                3 * size,
+                codec_kernels.add_rms_norm_,
+                x,
+                y,
+                gain,
+                gain,
+                1e-5,
+                widths,
+            )
             if channels < 1024:
-                clock(f"bias and SiLU {channels}{padded}", 2 * size, fast.bias_silu_, x, gain, widths)
+                clock(
+                    f"bias and SiLU {channels}{padded}", 2 * size, codec_kernels.bias_silu_, x, gain, widths
+                )
         if channels < 1024:
             half, bias = random(1, 64 >> level, 4 * width >> level, 2 * channels), random(2 * channels)
-            clock(f"down {channels}", 2 * size, fast.add_halved_, x, half, bias, 2, None)
+            clock(f"down {channels}", 2 * size, codec_kernels.add_halved_, x, half, bias, 2, None)
             del half
         del x, y
     mel, weight, bias = random(1, 2, 128, 8 * width, dtype=torch.float32), random(128, 2, 3, 3), random(128)
-    clock("first convolution", 128 * 8 * width * 256 / 1e9, fast.first_convolution, mel, weight, bias, None)
+    clock(
+        "first convolution",
+        128 * 8 * width * 256 / 1e9,
+        codec_kernels.first_convolution,
+        mel,
+        weight,
+        bias,
+        None,
+    )
     spectrum = torch.view_as_complex(random(2, 8 * width, 1025, 2, dtype=torch.float32))
     filters = torch.rand(128, 1025, device=device)
     size = spectrum.numel() * 8 * 744 / 1025 / 1e9
     for per_program, block, warps in ((32, 32, 8), (32, 16, 8), (16, 32, 8), (64, 32, 8)):
         options = {"per_program": per_program, "block": block, "warps": warps}
-        clock(f"log-mel {options}", size, fast.log_mel, spectrum, filters, 744, 1e-5, 1e-6, **options)
+        clock(f"log-mel {options}", size, mel_kernels.log_mel, spectrum, filters, 744, 1e-5, 1e-6, **options)
     del spectrum
-    time_hubert_kernels(clock, fast, random)
+    time_hubert_kernels(clock, random)
 
 
-def time_hubert_kernels(clock: Stopwatch, fast, random: Callable) -> None:
+def time_hubert_kernels(clock: Stopwatch, random: Callable) -> None:
     """MERT's passes for one song of 240 s, and alternatives to the products that it uses."""
+    from acestep_ray.models import hubert_kernels
+
     wave, taps, gain = (random(*shape, dtype=torch.float32) for shape in ((48, 120_000), (512, 10), (512,)))
     size = 48 * 23_999 * 1024 / 1e9
     for per_program, warps in ((32, 8), (16, 4), (32, 4), (64, 8)):
         options = {"per_program": per_program, "warps": warps}
         arguments = (wave, taps, gain, gain, gain, 1e-5, 5, True, torch.bfloat16)
-        clock(f"wave layer {options}", size, fast.wave_layer, *arguments, **options)
+        clock(f"wave layer {options}", size, hubert_kernels.wave_layer, *arguments, **options)
     arguments = (wave, taps, None, gain, gain, 1e-5, 5)
     clock("wave layer over time", size, kernels.wave_layer, *arguments, over_time=True, dtype=torch.bfloat16)
     x = random(48, 23_999, 512, dtype=torch.bfloat16)
@@ -332,7 +356,17 @@ def time_hubert_kernels(clock: Stopwatch, fast, random: Callable) -> None:
         weight.transpose(1, 2).flatten(1).T.contiguous(),
     )
     half = rows[..., :512].contiguous()
-    clock("layer norm and GELU", half.numel() * 4 / 1e9, fast.layer_norm, half, gain, gain, gain, 1e-5, True)
+    clock(
+        "layer norm and GELU",
+        half.numel() * 4 / 1e9,
+        hubert_kernels.layer_norm,
+        half,
+        gain,
+        gain,
+        gain,
+        1e-5,
+        True,
+    )
     del x, rows, half
     x, wide = random(17_952, 1024, dtype=torch.bfloat16), random(17_952, 4096, dtype=torch.bfloat16)
     up, down = random(4096, 1024, dtype=torch.bfloat16), random(1024, 4096, dtype=torch.bfloat16)
@@ -343,7 +377,7 @@ def time_hubert_kernels(clock: Stopwatch, fast, random: Callable) -> None:
     clock("GELU", wide.numel() * 4 / 1e9, F.gelu, wide)
     clock("product", size, F.linear, wide, down)
     clock("product onto a residual", size, torch.Tensor.addmm_, x, wide, down.T)
-    clock("layer norm 1024", x.numel() * 4 / 1e9, fast.layer_norm, x, None, x[0], x[0], 1e-5, False)
+    clock("layer norm 1024", x.numel() * 4 / 1e9, hubert_kernels.layer_norm, x, None, x[0], x[0], 1e-5, False)
 
 
 # --- songs -------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from train_step import LYRIC_TOKENS, PROMPT_TOKENS, TINY
 from acestep_ray.diffusion.sampler import sample
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.models.fusing import fuse_where_possible
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
 
 PATHS = ("plain float32", "plain bfloat16", "fused bfloat16")
 

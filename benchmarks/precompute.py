@@ -277,7 +277,8 @@ def _with_widths(directory: Path, config: dict) -> CheckpointDir:
     """The small transformer with the widths of the released frozen models, which it has to agree with."""
     from safetensors.torch import save_file
 
-    from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+    from acestep_ray.models.transformer import ACEStepTransformer
+    from acestep_ray.models.transformer_config import TransformerConfig
 
     config |= {"text_embedding_dim": 768, "ssl_latent_dims": [1024, 768]}
     folder = directory / "ace_step_transformer"

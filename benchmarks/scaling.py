@@ -21,7 +21,8 @@ from train_step import TINY, build_model, random_batch, step_flops
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.diffusion.objective import flow_matching_losses
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.training.model import choose_trained, fuse_passes, share_among_workers
 from acestep_ray.training.optim import build_optimizer, clip_gradients, set_learning_rate
 from acestep_ray.training.throughput import peak_flops

@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from acestep_ray.cache.precompute import precompute
 from acestep_ray.config import PrecomputeConfig, TuneConfig
 from acestep_ray.models.checkpoint import TRANSFORMER
-from acestep_ray.models.transformer import ACEStepTransformer, TransformerConfig
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.tiny_checkpoint import TRANSFORMER_CONFIG, write_tiny_checkpoint
 from acestep_ray.tuning.job import tune
 

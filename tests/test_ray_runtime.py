@@ -40,6 +40,7 @@ def test_the_console_keeps_ray_datas_warnings_and_nothing_else():
         with faults_explained("precompute", "encoded"):
             logger.info("executing")
             logger.warning("Progress bars disabled. To enable, …")
+            logging.getLogger("ray.data._internal.issue_detection.manager").warning("give more memory")
             logger.warning("no room in the cluster")
             logger.error("an exception was raised")
         logger.error("later")

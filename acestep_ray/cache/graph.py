@@ -4,6 +4,9 @@
                      (tasks)  (tasks)   (actors)  (tasks)
 
 Every table that a stage yields is a block of its own, and a block of decoded songs is a batch of the encoders.
+
+Ray Data's driver works some milliseconds for every task and every block. So tasks of many songs take several batches
+each, as many as leave all workers busy: else a driver could feed only a few GPUs.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import pyarrow as pa
 import ray
@@ -36,11 +39,28 @@ from acestep_ray.cache.transport import (
 from acestep_ray.data.audio import MIN_SECONDS, SAMPLE_RATE, probe_seconds
 from acestep_ray.data.schema import RejectReason, locate_file
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.ray_runtime import beside_driver, nodes_with, share_of
+from acestep_ray.ray_runtime import beside_driver, cluster_cpus, nodes_with, share_of
 from acestep_ray.storage import Store
+from acestep_ray.terminal import is_verbose
 
 if TYPE_CHECKING:
     from acestep_ray.cache.encoding import Encoder
+
+
+class _Batches(TypedDict):
+    """What a stage is handed at a time."""
+
+    batch_size: int
+    batch_format: str
+
+
+class _Shared(TypedDict):
+    """What planning and decoding both need."""
+
+    root: Store
+    recipe: Recipe
+    budget: float
+
 
 LATENT_FRAMES_PER_SECOND = 44_100 / 512 / 8
 
@@ -52,12 +72,16 @@ _CPUS_PER_PLAN, _CPUS_PER_STORE = 8, 4
 # Where no node has more cores than a few, so that every stage finds a place beside the encoders.
 _FEW_CPUS, _DECODE_CPUS_OF_FEW = 4, 0.4
 _SONGS_PER_LIST = 128
+# Batches of a task that decodes or encodes, where songs are so many that each core gets this many tasks all the same.
+_BATCHES_PER_TASK, _TASKS_PER_CPU = 8, 16
+# Of the object store, for batches that wait for an encoder: two tasks are on their way to each.
+_WAITING_SHARE, _TASKS_PER_ENCODER, _BYTES_PER_SECOND = 0.25, 2, SAMPLE_RATE * 2 * 4
 # Batches that share a stored file, about 64 MB; few songs get one each: little is lost when the run is killed.
 _BATCHES_PER_FILE, _FEW_SONGS = 8, 64
 _TYPICAL_BITRATES = {".wav": 1_411_000, ".aiff": 1_411_000, ".aif": 1_411_000, ".flac": 900_000}
 _TYPICAL_BITRATE = 160_000
 # Where GPUs are asked for, Ray Data wants a number of rows: a batch of songs is one row.
-_BY_BLOCK = {"batch_size": 1, "batch_format": "pyarrow"}
+_BY_BLOCK: _Batches = {"batch_size": 1, "batch_format": "pyarrow"}
 _COLUMNS = {
     "latents": ("latents", "latent_frames"),
     "text": ("prompts", "text_embeddings", "text_dim", "lyric_ids", "lyric_languages"),
@@ -106,7 +130,7 @@ class Graph:
         with DataContext.current(self.context()):
             dataset = self._stored(self.decoded(songs, count), count)
             for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for receipt in receipts.to_pylist():
+                for receipt in cast(pa.Table, receipts).to_pylist():
                     yield (
                         pa.Table.from_pylist(json.loads(receipt["ledger"]), schema=LEDGER_SCHEMA),
                         [Reject(**values) for values in json.loads(receipt["rejects"])],
@@ -115,8 +139,8 @@ class Graph:
     def context(self) -> DataContext:
         """Ray Data's settings while the graph is made and runs."""
         context = DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
+        context.enable_progress_bars = is_verbose()
+        context.print_on_execution_start = is_verbose()
         context.raise_original_map_exception = True
         # Every table that a stage yields is a block of its own, so that no song waits for another.
         context.target_max_block_size = 1
@@ -124,13 +148,13 @@ class Graph:
 
     def decoded(self, songs: Iterable[Song], count: int) -> ray.data.Dataset:
         """Batches of decoded songs, a block each; to be made and run within `context`."""
-        cpus = ray.cluster_resources()["CPU"]
+        cpus = cluster_cpus()
         # Short lists let a small dataset spread over the cluster, and a large one needs no million of them.
         lists = self._write_lists(songs, min(_SONGS_PER_LIST, -(-count // int(4 * cpus))))
-        shared = {"root": self.root, "recipe": self.recipe, "budget": self.budget}
-        dataset = ray.data.from_arrow([pa.table({"list": [name]}) for name in lists])
+        shared: _Shared = {"root": self.root, "recipe": self.recipe, "budget": self.budget}
+        dataset: ray.data.Dataset = ray.data.from_arrow([pa.table({"list": [name]}) for name in lists])
         dataset = dataset.map_batches(
-            partial(_plan, cache=self.cache, **shared),
+            partial(_plan, cache=self.cache, per_task=batches_per_task(count, cpus), **shared),
             num_cpus=_PLAN_CPUS,
             compute=TaskPoolStrategy(size=-(-int(cpus) // _CPUS_PER_PLAN)),
             **_BY_BLOCK,
@@ -145,26 +169,37 @@ class Graph:
         )
 
     def _stored(self, dataset: ray.data.Dataset, count: int) -> ray.data.Dataset:
+        together = 1
         for pool in self.pools:
+            is_last = pool is self.pools[-1]
+            # What one pool hands to the next has the audio still in it, and stays in small blocks.
+            together = self._encoded_together(pool, count) if is_last else 1
             dataset = dataset.map_batches(
-                _Encode,
+                _Encode,  # type: ignore[arg-type]  # Ray's type knows no more arguments, which `fn_kwargs` gives
                 fn_constructor_args=(self.checkpoint_dir, self.recipe, pool, self.attempts),
-                fn_kwargs={"keep_wave": pool is not self.pools[-1]},
+                fn_kwargs={"keep_wave": not is_last},
                 compute=ActorPoolStrategy(size=min(pool.actors, count)),
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
                 resources=share_of(pool.resource),
                 # A byte, as a difference to decoding: Ray Data makes one stage of two that reserve the same.
                 memory=1,
-                **_BY_BLOCK,
+                batch_size=together,
+                batch_format="pyarrow",
             )
         return dataset.map_batches(
             partial(_store, cache=self.cache, recipe=self.recipe),
-            batch_size=1 if count < _FEW_SONGS else _BATCHES_PER_FILE,
+            batch_size=1 if count < _FEW_SONGS else max(1, _BATCHES_PER_FILE // together),
             batch_format="pyarrow",
             num_cpus=_STORE_CPUS,
-            compute=TaskPoolStrategy(size=-(-int(ray.cluster_resources()["CPU"]) // _CPUS_PER_STORE)),
+            compute=TaskPoolStrategy(size=-(-int(cluster_cpus()) // _CPUS_PER_STORE)),
         )
+
+    def _encoded_together(self, pool: EncoderPool, count: int) -> int:
+        """Batches of a task of this pool; those that wait for it lie in the object store, decoded."""
+        room = ray.cluster_resources().get("object_store_memory", 0) * _WAITING_SHARE
+        waiting = pool.actors * _TASKS_PER_ENCODER * self.budget * _BYTES_PER_SECOND
+        return max(1, min(batches_per_task(count, cluster_cpus()), int(room / waiting)))
 
     @cached_property
     def attempts(self) -> Any:
@@ -173,11 +208,17 @@ class Graph:
 
     def _write_lists(self, songs: Iterable[Song], per_list: int) -> list[str]:
         """Write lists of songs beside the cache, for any worker to read: they need not fit in memory."""
-        names, songs = [], iter(songs)
-        for some in iter(lambda: list(islice(songs, per_list)), []):
+        names: list[str] = []
+        left = iter(songs)
+        while some := list(islice(left, per_list)):
             names.append(f"{INCOMING}/songs/{len(names):06d}.json")
             self.cache.write_bytes(names[-1], json.dumps([asdict(song) for song in some]).encode())
         return names
+
+
+def batches_per_task(count: int, cpus: float) -> int:
+    """Batches that a task takes of `count` songs: one, as long as every core would get few tasks."""
+    return max(1, min(_BATCHES_PER_TASK, int(count / (_TASKS_PER_CPU * cpus))))
 
 
 def decode_cpus(nodes: Sequence[Mapping[str, float]]) -> float:
@@ -186,13 +227,16 @@ def decode_cpus(nodes: Sequence[Mapping[str, float]]) -> float:
     return _DECODE_CPUS if most >= _FEW_CPUS else _DECODE_CPUS_OF_FEW
 
 
-def _plan(batch: pa.Table, cache: Store, root: Store, recipe: Recipe, budget: float) -> Iterator[pa.Table]:
-    """`list`, the name of a list of songs → tables with one group of songs each, for `_decode`."""
+def _plan(
+    batch: pa.Table, cache: Store, root: Store, recipe: Recipe, budget: float, per_task: int
+) -> Iterator[pa.Table]:
+    """`list`, the name of a list of songs → tables with `per_task` groups of songs each, for `_decode`."""
     for name in batch["list"].to_pylist():
         songs = [Song(**values) for values in json.loads(cache.read_bytes(name))]
         planned = [(estimate_seconds(root, song, recipe.settings), song) for song in songs]
-        for group in group_by_length(planned, budget):
-            yield pa.table({"songs": [json.dumps([asdict(song) for song in group])]})
+        groups = iter(group_by_length(planned, budget))
+        while some := list(islice(groups, per_task)):
+            yield pa.table({"groups": [json.dumps([[asdict(song) for song in group] for group in some])]})
 
 
 def estimate_seconds(root: Store, song: Song, settings: Settings) -> float:
@@ -229,17 +273,20 @@ def group_by_length(songs: Iterable[tuple[float, Song]], budget: float) -> list[
 
 
 def _decode(batch: pa.Table, root: Store, recipe: Recipe, budget: float, attempts: Any) -> Iterator[pa.Table]:
-    """A group of songs → tables of at most `budget` seconds with a row for each window: decoded, or a receipt."""
-    waiting: list[DecodedSong | Reject] = []
-    for values in (values for group in batch["songs"].to_pylist() for values in json.loads(group)):
-        song = Song(**values)
-        for outcome in _decode_one(root, song, recipe, attempts):
-            if _padded_seconds([*waiting, outcome]) > budget and waiting:
-                yield as_one_row(decoded_table(waiting))
-                waiting = []
-            waiting.append(outcome)
-    if waiting:
-        yield as_one_row(decoded_table(waiting))
+    """Groups of songs → tables of at most `budget` seconds with a row for each window: decoded, or a receipt.
+
+    Each table is of one group, and is there as soon as it is decoded.
+    """
+    for group in (group for groups in batch["groups"].to_pylist() for group in json.loads(groups)):
+        waiting: list[DecodedSong | Reject] = []
+        for song in (Song(**values) for values in group):
+            for outcome in _decode_one(root, song, recipe, attempts):
+                if _padded_seconds([*waiting, outcome]) > budget and waiting:
+                    yield as_one_row(decoded_table(waiting))
+                    waiting = []
+                waiting.append(outcome)
+        if waiting:
+            yield as_one_row(decoded_table(waiting))
 
 
 def _decode_one(root: Store, song: Song, recipe: Recipe, attempts: Any) -> Iterator[DecodedSong | Reject]:
@@ -269,7 +316,7 @@ def _padded_seconds(outcomes: Sequence[DecodedSong | Reject]) -> float:
 
 
 class _Encode:
-    """Decoded songs, on an actor that keeps some models → the same with the columns that those give."""
+    """Batches of decoded songs, on an actor that keeps some models → the same with the columns that those give."""
 
     def __init__(self, checkpoint_dir: str, recipe: Recipe, pool: EncoderPool, attempts: Any):
         self.checkpoint_dir = checkpoint_dir
@@ -284,7 +331,10 @@ class _Encode:
             torch.set_num_threads(max(1, int(pool.num_cpus)))
 
     def __call__(self, batch: pa.Table, keep_wave: bool) -> pa.Table:
-        songs = from_one_row(batch)
+        encoded = [self._encode_batch(from_one_row(batch, row), keep_wave) for row in range(len(batch))]
+        return as_one_row(pa.concat_tables(encoded))
+
+    def _encode_batch(self, songs: pa.Table, keep_wave: bool) -> pa.Table:
         rejects = songs["reject"].to_pylist()
         places = [row for row, reject in enumerate(rejects) if reject is None]
         columns: list[dict[str, Any]] = [{} for _ in rejects]
@@ -301,7 +351,7 @@ class _Encode:
             kind = SAMPLE_SCHEMA.field(name).type
             songs = songs.append_column(name, pa.array([values.get(name) for values in columns], kind))
         # 92 MB a song that nobody needs any more.
-        return as_one_row(songs if keep_wave else songs.drop_columns("wave"))
+        return songs if keep_wave else songs.drop_columns("wave")
 
     def _encode(self, songs: list[DecodedSong]) -> list[dict[str, Any] | Reject]:
         keys = [song.key for song in songs]

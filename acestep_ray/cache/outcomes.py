@@ -17,6 +17,16 @@ from acestep_ray.data.schema import RejectReason
 from acestep_ray.errors import AceStepError
 from acestep_ray.storage import Store
 
+_ROW_COLUMNS = (
+    "fingerprint",
+    "window",
+    "is_last_window",
+    "audio_sha256",
+    "audio_version",
+    "speaker_sha256",
+    "speaker_version",
+)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -37,6 +47,8 @@ class Outcomes:
 
     def __init__(self, rows: pa.Table, rejects: list[Reject]):
         self.rows, self.rejects = rows, rejects
+        # A table would look for the column, and for the chunk of the row, again and again.
+        self._columns = {name: rows[name].combine_chunks() for name in _ROW_COLUMNS}
         self._rows_of: dict[str, list[int]] = {}
         for place, key in enumerate(rows["song_key"].to_pylist()):
             self._rows_of.setdefault(key, []).append(place)
@@ -75,14 +87,14 @@ class Outcomes:
         versions: dict[str, dict[int, int]] = {}
         for place in self._rejects_of.get(song.key, ()):
             reject = self.rejects[place]
-            reason = RejectReason(reject.reason)  # type: ignore[call-arg]  # mypy takes it for a call of its `__new__`
+            reason = RejectReason.of(reject.reason)
             if reject.fingerprint is not None and not reason.is_transient:
                 versions.setdefault(reject.fingerprint, {}).setdefault(reject.window, place)
         return list(versions.values())
 
     def _is_complete(self, rows: dict[int, int], rejects: dict[int, int]) -> bool:
         """Whether these are all windows of a song, the last one included."""
-        ends = [window for window, place in rows.items() if self.rows["is_last_window"][place].as_py()]
+        ends = [window for window, place in rows.items() if self._columns["is_last_window"][place].as_py()]
         ends += [window for window, place in rejects.items() if self.rejects[place].is_last_window]
         windows = sorted([*rows, *rejects])
         return bool(windows) and windows == list(range(len(windows))) and ends == [len(windows) - 1]
@@ -100,10 +112,7 @@ class Outcomes:
         )
 
     def _row(self, place: int) -> dict[str, Any]:
-        names = (
-            "fingerprint", "window", "audio_sha256", "audio_version", "speaker_sha256", "speaker_version"
-        )  # fmt: skip
-        return {name: self.rows[name][place].as_py() for name in names}
+        return {name: column[place].as_py() for name, column in self._columns.items()}
 
     def of(self, candidates: Iterable[Candidate]) -> tuple[pa.Table, list[Reject]]:
         """Rows and rejects of these candidates, one for a song."""

@@ -12,11 +12,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -59,6 +59,7 @@ _MAGIC = b"PAR1"
 # Requests to storage wait for the network, not for a core.
 _THREADS = 32
 _THREADS_OF_A_TASK = 8
+_TABLES_JOINED = 512
 
 # Columns of a row that its ledger takes over.
 _ROW_COLUMNS = [name for name in SAMPLE_SCHEMA.names if name in LEDGER_SCHEMA.names]
@@ -206,19 +207,22 @@ def find_rows(cache: Store) -> pa.Table:
     sizes |= {name: status.size for name, status in cache.names(_INCOMING_PARTS, ".parquet").items()}
     committed = _committed_table(cache, "ledger", LEDGER_SCHEMA, "file")
     described = set(committed["file"].unique().to_pylist())
-    ledgers = [committed]
     sidecars = cache.names(_INCOMING_LEDGERS, ".parquet")
-    for name, ledger in zip(sidecars, _map(lambda name: _sidecar(cache, name), sidecars), strict=True):
-        part = f"{_INCOMING_PARTS}/{name.removeprefix(_INCOMING_LEDGERS + '/')}"
-        if len(ledger) and part not in sizes:
-            part = _part_name(ledger)  # a commit that was killed has moved it already
-        if part not in described:
-            described.add(part)
-            ledgers.append(_with_files(ledger, pa.repeat(part, len(ledger))))
-    # Parts that no ledger speaks of any more speak for themselves.
-    strays = [name for name in sizes if name.startswith(f"{SAMPLES}/") and name not in described]
-    ledgers += _map(lambda name: ledger_of_part(cache, name), strays)
-    rows = pa.concat_tables(ledgers)
+
+    def ledgers() -> Iterator[pa.Table]:
+        yield committed
+        for name, ledger in zip(sidecars, _map(lambda name: _sidecar(cache, name), sidecars), strict=True):
+            part = f"{_INCOMING_PARTS}/{name.removeprefix(_INCOMING_LEDGERS + '/')}"
+            if len(ledger) and part not in sizes:
+                part = _part_name(ledger)  # a commit that was killed has moved it already
+            if part not in described:
+                described.add(part)
+                yield _with_files(ledger, pa.repeat(part, len(ledger)))
+        # Parts that no ledger speaks of any more speak for themselves.
+        strays = [name for name in sizes if name.startswith(f"{SAMPLES}/") and name not in described]
+        yield from _map(lambda name: ledger_of_part(cache, name), strays)
+
+    rows = join_tables(ledgers())
     files = rows.select(["file", "bytes_in_file"]).group_by("file").aggregate([("bytes_in_file", "min")])
     whole = [
         file
@@ -237,7 +241,15 @@ def find_rejects(cache: Store) -> pa.Table:
         return _readable_table(cache, name, REJECT_SCHEMA)
 
     committed = _committed_table(cache, "rejects", REJECT_SCHEMA)
-    return pa.concat_tables([committed, *_map(read, cache.names(_INCOMING_REJECTS, ".parquet"))])
+    return join_tables([committed, *_map(read, cache.names(_INCOMING_REJECTS, ".parquet"))])
+
+
+def join_tables(tables: Iterable[pa.Table]) -> pa.Table:
+    """One table whose columns are whole, of any number of small ones: as they are read, those take 50 kB each."""
+    tables, joined = iter(tables), []
+    while some := list(islice(tables, _TABLES_JOINED)):
+        joined.append(pa.concat_tables(some).combine_chunks())
+    return pa.concat_tables(joined).combine_chunks()
 
 
 def _committed_table(cache: Store, name: str, schema: pa.Schema, repeated: str | None = None) -> pa.Table:
@@ -454,7 +466,8 @@ def _move_parts(cache: Store, rows: pa.Table) -> pa.Table:
         if names[i].startswith(f"{INCOMING}/"):
             moves.append((names[i], _part_name(part)))
             names[i] = moves[-1][1]
-    _map(lambda names: cache.move(*names), moves)
+    for _ in _map(lambda names: cache.move(*names), moves):
+        pass
     return _with_files(rows, pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string())))
 
 
@@ -511,6 +524,6 @@ def delete_leftovers(cache: Store, names: Sequence[str]) -> None:
         shutil.rmtree(cache.path / INCOMING, ignore_errors=True)
 
 
-def _map(function: Callable[[_T], _R], values: Iterable[_T]) -> list[_R]:
+def _map(function: Callable[[_T], _R], values: Iterable[_T]) -> Iterator[_R]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(function, values))
+        yield from pool.map(function, values)

@@ -9,6 +9,7 @@ stored or rejected, small files are joined, and the manifest is written, which m
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,11 +37,11 @@ from acestep_ray.cache.parts import (
     commit,
     find_rejects,
     find_rows,
+    join_tables,
     plan_commit,
     read_dims,
     repack,
 )
-from acestep_ray.cache.progress import Progress
 from acestep_ray.cache.schema import FEATURE_GROUPS, FORMAT_VERSION, LEDGER_SCHEMA, hash_of
 from acestep_ray.cache.songs import WINDOWS, Recipe, Reject, Settings, Song
 from acestep_ray.config import PrecomputeConfig
@@ -49,8 +50,15 @@ from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.songs import SongTable
 from acestep_ray.device import gpu_memory
 from acestep_ray.errors import InputError
-from acestep_ray.ray_runtime import connect, faults_explained, nodes_with
+from acestep_ray.ray_runtime import (
+    cluster_cpus,
+    connect,
+    faults_explained,
+    nodes_with,
+    wait_for_first_node,
+)
 from acestep_ray.storage import Store
+from acestep_ray.terminal import Progress, fact_table
 
 if TYPE_CHECKING:
     # Imported where it is used: the workers that only decode need no models, whose libraries load for seconds.
@@ -92,25 +100,30 @@ class PrecomputeSummary:
     def render(self) -> str:
         """The summary as a few lines of text."""
         hours, minutes = divmod(round(self.seconds_of_audio / 60), 60)
-        lines = [
-            f"feature cache  {self.output_dir}",
-            f"  inputs       {self.inputs} = {self.computed} samples + {len(self.rejects)} rejects "
-            f"+ {self.unchanged} unchanged",
-            f"  samples      {self.samples}, {hours} h {minutes:02d} min of audio, {self.num_bytes / 1e6:,.1f} MB",
-            f"  rejects      {len(self.rejects)}",
-        ]
+        rejects = [str(len(self.rejects))]
         for reason, count in Counter(reject.reason for reject in self.rejects).most_common():
-            lines.append(f"    {reason:<12} {count}")
-        lines += [f"    {reject.key}: {reject.message}" for reject in self.rejects[:_LISTED_REJECTS]]
+            rejects.append(f"{reason:<12} {count}")
+        rejects += [f"{reject.key}: {reject.message}" for reject in self.rejects[:_LISTED_REJECTS]]
         if len(self.rejects) > _LISTED_REJECTS:
-            lines.append(f"    … the others are in {self.output_dir}/rejects")
-        if self.ssl_names:
-            lines.append(f"  SSL          {', '.join(self.ssl_names)}")
-        else:
-            lines.append("  SSL          none: train with --ssl_coeff 0")
-        lines += [f"  warning      {warning}" for warning in self.warnings[:_LISTED_REJECTS]]
-        lines.append(f"  took         {self.wall_seconds:.0f} s")
-        return "\n".join(lines)
+            rejects.append(f"… the others are in {self.output_dir}/rejects")
+        return fact_table(
+            [
+                ("cache", self.output_dir),
+                (
+                    "inputs",
+                    f"{self.inputs} = {self.computed} samples + {len(self.rejects)} rejects "
+                    f"+ {self.unchanged} unchanged",
+                ),
+                (
+                    "samples",
+                    f"{self.samples}, {hours} h {minutes:02d} min of audio, {self.num_bytes / 1e6:,.1f} MB",
+                ),
+                ("rejects", "\n".join(rejects)),
+                ("SSL", ", ".join(self.ssl_names) or "none: train with --ssl_coeff 0"),
+                *(("warning", warning) for warning in self.warnings[:_LISTED_REJECTS]),
+                ("took", f"{self.wall_seconds:.0f} s"),
+            ]
+        )
 
 
 def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
@@ -244,6 +257,7 @@ def choose_pools(
     Raises InputError where the cluster has no place for them.
     """
     resource = config.encode_resource
+    wait_for_first_node(config.device, resource)
     nodes = [node["Resources"] for node in nodes_with(resource, "--encode_resource")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     the_nodes = "the Ray cluster has" if resource is None else f"the nodes with {resource} have"
@@ -281,8 +295,7 @@ def choose_pools(
 def _actors_per_gpu(resource: str | None) -> int:
     """As many as the memory of the smallest GPU of these nodes has room for."""
     nodes = nodes_with(resource, "--encode_resource")
-    nodes = [node["NodeID"] for node in nodes if node["Resources"].get("GPU")]
-    smallest = min(_gpu_memories(nodes))
+    smallest = min(_gpu_memories([node["NodeID"] for node in nodes if node["Resources"].get("GPU")]))
     if not smallest:
         raise InputError(
             "torch sees no GPU on a node that has one for Ray",
@@ -342,27 +355,38 @@ class _Run:
     def compute(self, known: set[str]) -> tuple[pa.Table, list[Reject]]:
         """Rows and rejects of the songs whose keys are not known yet."""
         pending = len(self.songs.keys) - len(known)
-        progress = Progress(pending, len(known))
-        rows, rejects, done = [LEDGER_SCHEMA.empty_table()], [], 0
-        if pending:
-            values = (row for row in self.songs if row["keys"] not in known)
-            graph = Graph(
-                root=self.songs.root,
-                cache=self.cache,
-                checkpoint_dir=str(self.checkpoint.path),
-                recipe=self.recipe,
-                pools=self.pools,
-                batch_frames=self.config.batch_frames,
-                decode_workers=self.config.decode_workers,
-                decode_resource=self.config.decode_resource,
-            )
+        rejects: list[Reject] = []
+        if known:
+            print(f"{len(known)} songs are in the cache already", file=sys.stderr, flush=True)
+
+        def ledgers() -> Iterator[pa.Table]:
+            yield LEDGER_SCHEMA.empty_table()
+            if pending:
+                yield from self._encode(known, pending, rejects)
+
+        return first_of_each(join_tables(ledgers())), list({r.key: r for r in rejects}.values())
+
+    def _encode(self, known: set[str], pending: int, rejects: list[Reject]) -> Iterator[pa.Table]:
+        """Ledgers of what the graph stores; what it rejects is added to `rejects`."""
+        values = (row for row in self.songs if row["keys"] not in known)
+        graph = Graph(
+            root=self.songs.root,
+            cache=self.cache,
+            checkpoint_dir=str(self.checkpoint.path),
+            recipe=self.recipe,
+            pools=self.pools,
+            batch_frames=self.config.batch_frames,
+            decode_workers=self.config.decode_workers,
+            decode_resource=self.config.decode_resource,
+        )
+        done = 0
+        with Progress("encoding", pending, "songs") as progress:
             for ledger, rejected in graph.run((Song.from_row(row) for row in values), pending):
-                rows.append(ledger)
+                yield ledger
                 rejects += rejected
-                done += sum(ledger["is_last_window"].to_pylist()) + sum(r.is_last_window for r in rejected)
-                progress.show(done=done, rejected=len(rejects))
-        progress.close()
-        return first_of_each(pa.concat_tables(rows)), list({r.key: r for r in rejects}.values())
+                done += sum(ledger["is_last_window"].to_pylist())
+                done += sum(reject.is_last_window for reject in rejected)
+                progress.update(done, f"{len(rejects)} rejected")
 
     def manifest(self, rows: pa.Table, rejects: list[Reject]) -> dict[str, Any]:
         settings = asdict(self.recipe.settings)
@@ -398,8 +422,8 @@ def _fingerprint(songs: SongTable) -> str:
 def _map_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """Results of `function` on each tuple of arguments, run as Ray tasks, in the order in which they end."""
     remote = ray.remote(num_cpus=_FILE_CPUS, max_retries=_FILE_RETRIES)(function)
-    at_once = int(4 * ray.cluster_resources()["CPU"] / _FILE_CPUS)
-    running: list[ray.ObjectRef] = []
+    at_once = int(4 * cluster_cpus() / _FILE_CPUS)
+    running: list[ray.ObjectRef[Any]] = []
     for call in calls:
         running.append(remote.remote(*call))
         if len(running) >= at_once:

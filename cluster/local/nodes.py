@@ -54,6 +54,8 @@ class NodeSettings:
     gpus: Sequence[int] = ()
     """Indices of the machine's GPUs that are this node's."""
     object_store_mb: int = 256
+    own_folder: Path | None = None
+    """A folder in whose place this node has one of its own, as without a shared disk; for root on Linux."""
 
 
 class LocalNode:
@@ -248,6 +250,7 @@ class LocalCluster:
         log = self.folder / f"{settings.name}.log"
         command = [
             *([] if place is None else place.enter),
+            *([] if settings.own_folder is None else hiding(settings.own_folder)),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
             # Of its own: nodes that start at the same time would choose the same names for their sockets.
             *("--temp-dir", self.folder / settings.name, "--labels", f"{_LABEL}={label}"),
@@ -351,6 +354,12 @@ def may_make_namespaces() -> bool:
         subprocess.run(["unshare", "--net", "sh", "-c", probe], capture_output=True, check=False).returncode
         == 0
     )
+
+
+def hiding(folder: Path) -> list[str]:
+    """The beginning of a command that runs with an empty folder in the place of this one."""
+    script = 'mount -t tmpfs none "$0" && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", script, str(folder)]
 
 
 def run(*command: str) -> None:

@@ -80,6 +80,7 @@ def run_and_kill(config: PrecomputeConfig, address: str, moment: Callable[[], bo
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_workers_that_are_killed_cost_no_song(two_cpus, config):
     torch.set_num_threads(1)
     outcome: list[PrecomputeSummary] = []

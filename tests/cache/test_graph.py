@@ -84,12 +84,12 @@ def attempts(two_cpus):
     return ray.remote(num_cpus=0)(Attempts).remote()
 
 
-def group_of(*songs: Song) -> pa.Table:
-    return pa.table({"songs": [json.dumps([asdict(one) for one in songs])]})
+def groups_of(*groups: list[Song]) -> pa.Table:
+    return pa.table({"groups": [json.dumps([[asdict(one) for one in group] for group in groups])]})
 
 
 def decode_tables(root: Store, attempts, *songs: Song, recipe=RECIPE) -> list[pa.Table]:
-    batches = graph._decode(group_of(*songs), root, recipe, BUDGET, attempts)
+    batches = graph._decode(groups_of(list(songs)), root, recipe, BUDGET, attempts)
     return [from_one_row(batch) for batch in batches]
 
 
@@ -126,6 +126,69 @@ def test_the_windows_of_a_long_song_come_in_batches_within_the_budget(song_folde
     assert [len(table) for table in tables] == [2, 2, 1]
     starts = [read_decoded(table, row).start_seconds for table in tables for row in range(len(table))]
     assert starts == [0.0, 4.0, 8.0, 12.0, 16.0]
+
+
+@pytest.mark.parametrize(
+    ("count", "cpus", "expected"),
+    [(1, 2, 1), (256, 16, 1), (1_000, 16, 3), (1_000_000, 1024, 8), (30, 0.5, 3)],
+)
+def test_tasks_take_several_batches_where_every_core_gets_many_tasks_all_the_same(count, cpus, expected):
+    assert graph.batches_per_task(count, cpus) == expected
+
+
+def test_a_plan_puts_as_many_groups_into_a_task_as_it_is_told(tmp_path):
+    cache = Store.at(tmp_path)
+    cache.write_bytes("list.json", json.dumps([asdict(song(key)) for key in "abcde"]).encode())
+    tables = graph._plan(pa.table({"list": ["list.json"]}), cache, cache, RECIPE, BUDGET, per_task=2)
+    tasks = [json.loads(groups) for table in tables for groups in table["groups"].to_pylist()]
+    assert [[[one["key"] for one in group] for group in task] for task in tasks] == [
+        [["a"], ["b"]],
+        [["c"], ["d"]],
+        [["e"]],
+    ]
+
+
+@pytest.mark.ray
+def test_groups_of_one_task_are_batches_of_their_own(song_folder, attempts):
+    for key in "abc":
+        song_folder.add(key, noise(3.0, seed=ord(key)))
+    groups = groups_of([song("a")], [song("b"), song("c")])
+    batches = graph._decode(groups, Store.at(song_folder.path), RECIPE, BUDGET, attempts)
+    tables = [from_one_row(batch) for batch in batches]
+    keys = [[read_decoded(table, row).key for row in range(len(table))] for table in tables]
+    assert keys == [["a"], ["b", "c"]]
+
+
+@pytest.mark.ray
+def test_batches_of_one_task_are_encoded_one_by_one_and_stored_together(song_folder, attempts, monkeypatch):
+    for key in "abc":
+        song_folder.add(key, noise(3.0, seed=ord(key)))
+    root, sizes = Store.at(song_folder.path), []
+
+    class Models:
+        def encode(self, songs: list[DecodedSong]) -> list[dict]:
+            sizes.append(len(songs))
+            return [{"latent_frames": ord(one.key)} for one in songs]
+
+    stage = graph._Encode("", RECIPE, graph.EncoderPool(("latents",), "cuda", 1, 1, 1), attempts)
+    monkeypatch.setattr(stage, "_models", Models)
+    batches = [*graph._decode(groups_of([song("c"), song("a")], [song("b")]), root, RECIPE, BUDGET, attempts)]
+    encoded = stage(pa.concat_tables(batches), keep_wave=False)
+    assert sizes == [2, 1]
+    assert encoded.num_rows == 1
+    assert from_one_row(encoded)["latent_frames"].to_pylist() == [ord("c"), ord("a"), ord("b")]
+
+
+@pytest.mark.ray
+def test_decoded_songs_wait_for_encoders_in_a_part_of_the_object_store(two_cpus, tmp_path, monkeypatch):
+    stages = graph.Graph(Store.at(tmp_path), Store.at(tmp_path), "", RECIPE, [], 2584, None)
+    pool = graph.EncoderPool(("latents",), "cuda", 4, 0.5, 0.25)
+    room = {"CPU": 16.0, "object_store_memory": 17e9}
+    monkeypatch.setattr("ray.cluster_resources", lambda: room)
+    assert stages._encoded_together(pool, 1_000_000) == 5
+    assert stages._encoded_together(pool, 100) == 1
+    room["object_store_memory"] = 1e9
+    assert stages._encoded_together(pool, 1_000_000) == 1
 
 
 @pytest.mark.ray

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from acestep_ray import cli
-from acestep_ray.cache import maintenance
+from acestep_ray.cache import verify
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.maintenance import cache_stats, prune_cache, row_problems, verify_cache
 from acestep_ray.cache.parts import CacheDamagedError, find_rows, store_rejects, store_rows
+from acestep_ray.cache.prune import prune_cache
 from acestep_ray.cache.schema import (
     INDEX_SCHEMA,
     LEDGER_SCHEMA,
@@ -22,8 +23,11 @@ from acestep_ray.cache.schema import (
     table_from_bytes,
     table_to_bytes,
 )
+from acestep_ray.cache.stats import cache_stats
+from acestep_ray.cache.verify import row_problems, verify_cache
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
+from acestep_ray.terminal import Progress
 from tests.cache.rows import SPEAKER_DIM, SSL_DIMS, TEXT_DIM, contents, finish, reject, song_row, write_rows
 
 MANIFEST = {
@@ -74,7 +78,7 @@ def rewrite_table(cache: Store, prefix: str, schema: pa.Schema, change) -> None:
     """Replace a table by a changed one whose name and manifest are right."""
     name = file_of(cache, prefix)
     content = table_to_bytes(change(table_from_bytes(cache.read_bytes(name), schema).cast(schema)))
-    new = f"{prefix}{maintenance.content_hash(content)}.parquet"
+    new = f"{prefix}{verify.content_hash(content)}.parquet"
     cache.delete([name])
     cache.write_bytes(new, content)
     rewrite_manifest(cache, **{re.match("[a-z]+", prefix)[0]: new})
@@ -272,7 +276,7 @@ def test_groups_of_features_that_were_not_chosen_may_be_absent():
 
 
 def test_many_problems_are_counted_and_some_shown(cache, monkeypatch):
-    monkeypatch.setattr(maintenance, "_SHOWN_PROBLEMS", 2)
+    monkeypatch.setattr(verify, "_SHOWN_PROBLEMS", 2)
     rewrite_table(cache, "ledger-", LEDGER_SCHEMA, lambda ledger: with_values(ledger, "length", [1, 2, 3, 4]))
     with pytest.raises(CacheDamagedError, match=r"^4 things(?s:.*)the song 'b'[^\n]*\n  … and 2 more\n"):
         verify_cache(cache.url)
@@ -282,9 +286,11 @@ def test_progress_is_told_now_and_then(cache, monkeypatch):
     stream = io.StringIO()
     verify_cache(cache.url, stream)
     assert stream.getvalue() == ""
-    monkeypatch.setattr(maintenance, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(verify, "Progress", partial(Progress, seconds_between_lines=0))
     verify_cache(cache.url, stream)
-    assert stream.getvalue().splitlines() == [f"{n}/4 songs read" for n in (1, 2, 3, 4)]
+    assert [line.split(" · ")[0] for line in stream.getvalue().splitlines()] == [
+        f"reading: {n}/4 songs" for n in (1, 2, 3, 4)
+    ]
 
 
 def test_deleting_the_named_part_and_finishing_again_mends_the_cache(cache):
@@ -323,12 +329,12 @@ def test_stats_come_from_the_ledger_alone(tmp_path, monkeypatch):
     assert ssl < stats.group_bytes["ssl"] < ssl + 1500
     text = stats.render()
     for line in (
-        "songs        3 in 1 parts, 0.1 h of audio",
+        "songs    3 in 1 parts, 0.1 h of audio",
         f"latents    764 kB, {764e3 * 240 / 280 / 1000:.0f} kB for 240 s",
         "210–240 s         1 ██",
         "en                2",
         "none              1",
-        "rejects      3",
+        "rejects  3",
         "missing           2",
     ):
         assert line in text
@@ -336,7 +342,7 @@ def test_stats_come_from_the_ledger_alone(tmp_path, monkeypatch):
 
 def test_stats_of_a_cache_without_songs(tmp_path):
     cache = write_rows(Store.at(tmp_path / "cache"), [], [reject("x")])
-    assert "songs        0" in cache_stats(cache.url).render()
+    assert "songs    0" in cache_stats(cache.url).render()
 
 
 def test_stats_need_a_whole_ledger(cache):

@@ -20,6 +20,7 @@ from acestep_ray.cache.parts import (
     commit,
     find_rejects,
     find_rows,
+    join_tables,
     plan_commit,
     read_dims,
     read_row,
@@ -613,3 +614,10 @@ def test_object_storage_that_holds_something_else_or_cannot_be_written_is_refuse
         claim_output_dir(other)
     with pytest.raises(InputError, match=r"bucket does not exist.*no-such-bucket"):
         claim_output_dir(Store.at("s3://no-such-bucket/cache"))
+
+
+def test_many_small_tables_become_one_whose_columns_are_whole(monkeypatch):
+    monkeypatch.setattr("acestep_ray.cache.parts._TABLES_JOINED", 2)
+    joined = join_tables(pa.table({"a": [i]}) for i in range(5))
+    assert joined["a"].to_pylist() == [0, 1, 2, 3, 4]
+    assert joined["a"].num_chunks == 1

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from acestep_ray.cache.precompute import (
     make_recipe,
     precompute,
 )
-from acestep_ray.cache.progress import Progress
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import FEATURE_GROUPS
 from acestep_ray.cache.songs import Recipe, Reject
@@ -409,32 +407,3 @@ def test_the_summary_counts_rejects_by_reason_and_tells_when_there_are_no_ssl_fe
     assert text.count("0 bytes") == 10
     assert "--ssl_coeff 0" in text
     assert "--ssl_coeff 0" not in replace(summary, ssl_names=["mert"]).render()
-
-
-def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    stream = io.StringIO()
-    progress = Progress(9, 3, stream, seconds_between_lines=30)
-    now = 1000.0  # the models load
-    for done in range(1, 10):
-        progress.show(done, rejected=done // 5)
-        now += 10.0
-    progress.close()
-    assert stream.getvalue().splitlines() == [
-        "3 songs are in the cache already",
-        "encoding 9 songs",
-        "1/9 songs, 0 rejected",
-        "4/9 songs, 0 rejected, 0.10 songs/s, 0:00:50 left",
-        "7/9 songs, 1 rejected, 0.10 songs/s, 0:00:20 left",
-        "9/9 songs, 1 rejected, 0.10 songs/s, 0:00:00 left",
-    ]
-
-
-def test_progress_rewrites_one_line_on_a_terminal(monkeypatch):
-    stream = io.StringIO()
-    stream.isatty = lambda: True
-    progress = Progress(1, 0, stream)
-    progress.show(1, rejected=1)
-    progress.close()
-    assert stream.getvalue() == "encoding 1 songs\n\r\x1b[K1/1 songs, 1 rejected\n"

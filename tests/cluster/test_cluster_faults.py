@@ -19,7 +19,7 @@ from acestep_ray.cli import JOBS
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.schema import open_dataset
 from acestep_ray.storage import Store
-from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.lora_config import read_lora_config
 from acestep_ray.training.state import Checkpoints
 from acestep_ray.tuning.records import DONE, Records
 from cluster.local.nodes import HEAD, LocalNode

@@ -12,14 +12,14 @@ import pytest
 import soundfile
 from ray.job_submission import JobStatus
 
-from acestep_ray.cache.maintenance import verify_cache
 from acestep_ray.cache.parts import find_rows
+from acestep_ray.cache.verify import verify_cache
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.demo import write_demo_songs
 from acestep_ray.data.schema import open_dataset
 from acestep_ray.errors import EXIT_INPUT
 from acestep_ray.storage import Store
-from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.lora_config import read_lora_config
 from acestep_ray.training.state import Checkpoints
 from acestep_ray.tuning.records import DONE, Records
 from cluster.local.nodes import CPU_NODE, GPU_NODE

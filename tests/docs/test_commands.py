@@ -235,12 +235,12 @@ def test_a_wrong_command_is_found(parsed, tmp_path, capsys):
 @cache
 def all_flags() -> set[str]:
     """Of every subcommand, `JOB` or `ACTION`, and of the scripts in benchmarks."""
-    found = {"debug", "help", "version", "config", "json", "dry_run"}
+    found = {"debug", "verbose", "help", "version", "config", "json", "dry_run"}
     for job in {**cli.JOBS, **cli.EXPORT_ACTIONS}.values():
         found |= {field.name for field in fields(job.config)}
     # Subcommands whose flags are no dataclass, benchmarks, and what starts clusters.
     scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "cluster").rglob("*.py")]
-    for source in [ROOT / "acestep_ray" / "cli.py", *scripts]:
+    for source in [ROOT / "acestep_ray" / "flags.py", *scripts]:
         found |= {
             name.replace("-", "_") for name in re.findall(r'"--([\w-]+)"', source.read_text(encoding="utf-8"))
         }

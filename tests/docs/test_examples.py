@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from acestep_ray.data.schema import COLUMNS, open_dataset, row_recaption
 from acestep_ray.data.songs import SongTable
-from acestep_ray.training.lora import read_lora_config
+from acestep_ray.training.lora_config import read_lora_config
 from tests.docs.pages import ROOT, blocks
 
 GUIDE = list(blocks(ROOT / "docs" / "guide.md"))

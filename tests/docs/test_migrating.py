@@ -22,13 +22,15 @@ from acestep_ray.config import PrepareConfig, TrainConfig
 from acestep_ray.data.schema import locate_file, open_dataset, row_recaption, row_tags
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
-from acestep_ray.export.lora import merge_lora
+from acestep_ray.export.lora import merge_loras
 from acestep_ray.export.reading import LORA_FILE, open_lora
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.training.checks import check_model, check_train_config
-from acestep_ray.training.lora import DEFAULT_LORA, add_lora, load_lora
+from acestep_ray.training.initial_lora import load_lora
+from acestep_ray.training.lora import add_lora
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.optim import BETAS
 from tests.export.conftest import largest_difference, velocity
 
@@ -256,7 +258,7 @@ def test_a_lora_of_the_original_is_merged_at_the_strength_that_it_was_trained_wi
         assert [path.name for path in folder.iterdir()] == [LORA_FILE]
         model = checkpoint.load_transformer()
         untouched = velocity(model)
-        merge_lora(model, folder)
+        merge_loras(model, [(folder, 1.0)])
         assert largest_difference(velocity(model), velocity(trained)) < 1e-4
         assert largest_difference(untouched, velocity(trained)) > 1e-2
 
@@ -302,7 +304,7 @@ def test_a_lora_of_the_original_is_exported_to_every_format(checkpoint, tmp_path
         arguments = ["--input_path", str(folder), "--output_dir", str(written), "--format", name]
         assert cli.main(["export", *arguments, "--checkpoint_dir", str(checkpoint.path)]) == 0
         model = checkpoint.load_transformer()
-        merge_lora(model, written)
+        merge_loras(model, [(written, 1.0)])
         assert largest_difference(velocity(model), velocity(trained)) < 1e-4
 
 
