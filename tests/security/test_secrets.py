@@ -175,7 +175,7 @@ def test_a_cluster_of_our_own_has_a_token_no_dashboard_and_nothing_of_the_enviro
     assert asked["address"] == "local"
     assert asked["include_dashboard"] is False
     assert "runtime_env" not in asked
-    assert variables.keys() == {"RAY_AUTH_TOKEN"}
+    assert variables.keys() == {"RAY_AUTH_TOKEN", "RAY_COLOR_PREFIX"}
     assert len(bytes.fromhex(variables["RAY_AUTH_TOKEN"])) == 32
 
 
