@@ -15,8 +15,8 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental.internal_kv import _internal_kv_get
 
-# Ray's monitor reports for the first time some seconds after the head has started.
-_REPORT_SECONDS = 15.0
+# A cluster's monitor reports for the first time some seconds after the head has started, later on a busy machine.
+_REPORT_SECONDS = 60.0
 # An autoscaler looks at what is asked for every few seconds.
 _BEGIN_SECONDS = 60.0
 # While nodes start: a GPU machine takes minutes, and a cloud may have none for a while.

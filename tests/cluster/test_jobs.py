@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def dataset(jobs, folder) -> Path:
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "rows: 16 train" in done.stdout
+    assert re.search(r"^rows +16 train", done.stdout, re.MULTILINE)
     return folder / "dataset"
 
 
