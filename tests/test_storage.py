@@ -273,6 +273,7 @@ def test_an_upload_that_fails_leaves_no_object_and_no_parts(s3, monkeypatch):
         return await call(method, *args, **options)
 
     monkeypatch.setattr(filesystem, "_call_s3", fail_at_the_second_part)
+    monkeypatch.setattr(clients, "RETRY_AFTER_SECONDS", (0.01, 0.04))
     with pytest.raises(StorageError, match="connection lost"), store.writer("large") as file:
         file.write(bytes(101 * 2**20))
     assert store.names() == {}
@@ -414,6 +415,7 @@ def test_refusals_of_the_server_are_told(s3, monkeypatch, code, error):
         raise translate_boto_error(ClientError({"Error": {"Code": code, "Message": "no"}}, "GetObject"))
 
     monkeypatch.setattr(store.filesystem, "_call_s3", refuse)
+    monkeypatch.setattr(clients, "RETRY_AFTER_SECONDS", (0.01, 0.04))
     for action in (lambda: store.read_bytes("a"), lambda: store.status("a")):
         with pytest.raises(error) as caught:
             action()

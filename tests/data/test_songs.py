@@ -17,7 +17,7 @@ from acestep_ray.data.prepare import prepare_dataset
 from acestep_ray.data.schema import is_dataset_dir, locate_file, open_dataset, row_recaption
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
-from acestep_ray.storage import StorageError, Store
+from acestep_ray.storage import clients, StorageError, Store
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -218,6 +218,7 @@ def test_a_text_that_is_gone_or_denied_is_the_problem_of_its_song(memory, monkey
 
 def test_a_failure_of_storage_stops_the_job(memory, monkeypatch):
     """It is none of the song, which would be rejected for it."""
+    monkeypatch.setattr(clients, "RETRY_AFTER_SECONDS", (0.01, 0.04))
     with pytest.raises(StorageError, match=r"connection lost.*a_lyrics.txt"):
         row_with_failing_text(memory, monkeypatch, RuntimeError("connection lost"))
 
