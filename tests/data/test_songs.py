@@ -17,7 +17,7 @@ from acestep_ray.data.prepare import prepare_dataset
 from acestep_ray.data.schema import is_dataset_dir, locate_file, open_dataset, row_recaption
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
-from acestep_ray.storage import clients, StorageError, Store
+from acestep_ray.storage import StorageError, Store, clients
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
