@@ -133,6 +133,7 @@ def test_every_song_is_kept_or_rejected_once_over_reruns_and_changes(
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_windows_and_separate_encoders_and_rejects_that_are_tried_again(
     two_cpus, config, song_folder, checkpoint
 ):

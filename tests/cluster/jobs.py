@@ -15,10 +15,12 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from cluster.local.nodes import LocalCluster
 
 ROOT = Path(__file__).parent.parent.parent
-# Processes of a node that do no job's work: Ray's own, and actors of Ray Data that all jobs share.
+# Processes of a node that do no job's work: Ray's own, actors of Ray Data that all jobs share, and Ray Train's watcher
+# of a run, which reserves nothing and sometimes fails to end itself after a run that was killed.
 _OWN = (
     *("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::JobSupervisor"),
     *("ray::ActorLocationTracker", "ray::_AutoscalingCoordinatorActor", "ray::_StatsActor"),
+    "ray::PlacementGroupCleaner",
 )
 TRIAL = "ResourceTrainable"
 """What Ray Tune calls the actors of trials."""

@@ -68,6 +68,7 @@ def test_a_mistake_is_a_message_and_a_traceback_is_for_who_asks():
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_what_ray_and_its_workers_say_is_held_back_unless_asked_for():
     with ThreadPoolExecutor() as pool:
         quiet, verbose = pool.map(piped, (command("ray"), command("ray", "-v")))
