@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -73,7 +74,13 @@ def _has_autoscaler() -> bool:
 
 
 def _has_reported() -> bool:
-    return is_autoscaler_v2() or _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) is not None
+    return is_autoscaler_v2() or _report() is not None
+
+
+def _report() -> dict[str, Any] | None:
+    """What the cluster's monitor says of its autoscaler; None until it has looked at the nodes for the first time."""
+    content = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+    return json.loads(content).get("autoscaler_report") if content else None
 
 
 def nodes_starting() -> int | None:
@@ -83,8 +90,7 @@ def nodes_starting() -> int | None:
         if not any(node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes]):
             return None
         return len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
-    content = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
-    report = json.loads(content).get("autoscaler_report") if content else None
+    report = _report()
     if report is None:
         return None
     kinds = {*report["active_nodes"], *(report["node_type_mapping"] or {}).values()}

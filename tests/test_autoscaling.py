@@ -82,3 +82,14 @@ def test_an_autoscaler_is_told_from_a_monitor_that_only_looks(monkeypatch, repor
     monkeypatch.setattr(autoscaling, "is_autoscaler_v2", lambda: False)
     monkeypatch.setattr(autoscaling, "_internal_kv_get", lambda key: content)
     assert autoscaling.nodes_starting() == expected
+
+
+def test_a_monitor_that_has_not_looked_at_the_nodes_yet_is_waited_for(monkeypatch):
+    report = {"active_nodes": {}, "node_type_mapping": {}, "pending_nodes": [], "pending_launches": {}}
+    said = iter([None, b'{"load_metrics_report": {}}'])
+    last = json.dumps({"autoscaler_report": report}).encode()
+    monkeypatch.setattr(autoscaling.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(autoscaling, "is_autoscaler_v2", lambda: False)
+    monkeypatch.setattr(autoscaling, "_internal_kv_get", lambda key: next(said, last))
+    monkeypatch.setattr(autoscaling.time, "sleep", lambda seconds: None)
+    assert autoscaling._has_autoscaler()
