@@ -16,7 +16,6 @@ from ray.util import get_node_ip_address
 
 from acestep_ray.cache.verify import verify_cache
 from acestep_ray.data.demo import write_demo_songs
-from acestep_ray.errors import EXIT_INPUT
 from cluster.local.nodes import (
     CPU_NODE,
     GPU_NODE,
@@ -160,24 +159,3 @@ def test_training_waits_for_no_node_that_is_there(cluster, cache, checkpoint, tm
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "exps/from-zero/checkpoints/step=2/pytorch_lora_weights.safetensors").exists()
-
-
-def test_workers_that_no_autoscaler_can_bring_are_an_error_and_no_endless_wait(
-    cluster, cache, checkpoint, tmp_path
-):
-    done = cluster.run(
-        "train",
-        dataset_path=cache,
-        checkpoint_dir=checkpoint.path,
-        exp_dir=tmp_path / "exps",
-        logger_dir=tmp_path / "logs",
-        exp_name="too-many",
-        tracking_uri="none",
-        device="cpu",
-        worker_resource="no_such_node",
-        ssl_coeff=0,
-        max_steps=2,
-    )
-    assert done.returncode == EXIT_INPUT
-    assert "waiting for 1 × (no_such_node)" in done.stderr
-    assert "no node of the Ray cluster has this resource: --worker_resource no_such_node" in done.stderr
