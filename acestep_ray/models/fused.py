@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from acestep_ray.models import block_kernels as kernels
+from acestep_ray.models.cross_attention_kernels import cross_attention, cross_attention_backward
 from acestep_ray.models.linear_attention_kernels import linear_attention, linear_attention_backward
 from acestep_ray.models.projection import (
     Projection,
@@ -122,26 +120,6 @@ class _AddNorm(torch.autograd.Function):
         )
 
 
-class _Rotary(torch.autograd.Function):
-    """Rotates the first heads of x (rows, C); rows that are not valid get no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, valid: Tensor | None, room: int
-    ) -> Tensor:
-        ctx.save_for_backward(cos, sin, valid)
-        ctx.heads, ctx.room = heads, room
-        return rotary(x, torch.empty_like(x), cos, sin, heads)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, valid = ctx.saved_tensors
-        out = empty_with_room(grad.shape, ctx.room, grad)
-        grad = rotary(grad.contiguous(), out, cos, sin, ctx.heads, backward=True, valid=valid)
-        return grad, None, None, None, None, None
-
-
 class _LinearAttention(torch.autograd.Function):
     """Of the projected queries, keys and values (B, W, 3D), which it rotates in place."""
 
@@ -150,7 +128,7 @@ class _LinearAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, heads: int, qkv_room: int, room: int
     ) -> Tensor:
         rows = qkv.flatten(0, 1)
-        rotary(rows, rows, cos, sin, 2 * heads, relu=True)
+        rotary(rows, cos, sin, 2 * heads, relu=True)
         out = empty_with_room((*qkv.shape[:-1], qkv.shape[-1] // 3), room, qkv)
         state = linear_attention(qkv, lengths, heads, out)
         ctx.save_for_backward(qkv, cos, sin, lengths, *state)
@@ -164,8 +142,58 @@ class _LinearAttention(torch.autograd.Function):
         grad = empty_with_room(qkv.shape, ctx.room, qkv)
         linear_attention_backward(qkv, lengths, ctx.heads, state, out_grad, grad)
         rows = grad.flatten(0, 1)
-        rotary(rows, rows, cos, sin, 2 * ctx.heads, backward=True)
+        rotary(rows, cos, sin, 2 * ctx.heads, backward=True)
         return grad, None, None, None, None, None, None
+
+
+class _CrossAttention(torch.autograd.Function):
+    """Of the projected queries (B, W, D) and keys and values (B, N, 2D), of which it turns the first two in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        keys_values: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        lengths: Tensor,
+        condition: PackedConditioning,
+        heads: int,
+        query_room: int,
+        keys_values_room: int,
+        room: int,
+    ) -> Tensor:
+        counts, key_angles = condition.counts, condition.angles
+        key_cos, key_sin = key_angles
+        rotary(keys_values.flatten(0, 1), key_cos.flatten(0, 1), key_sin.flatten(0, 1), heads)
+        out = empty_with_room(query.shape, room, query)
+        sums = cross_attention(query, keys_values, cos, sin, lengths, counts, heads, out)
+        # The next projection writes into what is behind the output's rows: an alias does not count that as a change.
+        ctx.save_for_backward(query, keys_values, cos, sin, *key_angles, lengths, counts, out.data, sums)
+        ctx.heads, ctx.query_room, ctx.keys_values_room = heads, query_room, keys_values_room
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, keys_values, cos, sin, key_cos, key_sin, lengths, counts, out, sums = ctx.saved_tensors
+        query_grad = empty_with_room(query.shape, ctx.query_room, query)
+        keys_values_grad = empty_with_room(keys_values.shape, ctx.keys_values_room, keys_values)
+        cross_attention_backward(
+            query,
+            keys_values,
+            (cos, sin),
+            (key_cos, key_sin),
+            lengths,
+            counts,
+            ctx.heads,
+            out,
+            sums,
+            out_grad.contiguous(),
+            query_grad,
+            keys_values_grad,
+        )
+        return query_grad, keys_values_grad, *(None,) * 8
 
 
 class _GatedConv(torch.autograd.Function):
@@ -191,34 +219,27 @@ class _GatedConv(torch.autograd.Function):
 
 @dataclass
 class PackedConditioning:
-    """The valid tokens of all songs' conditioning, one song after another; what is left of the rows is not read."""
+    """Each song's valid tokens of the conditioning before the others."""
 
     tokens: Tensor
-    """(B · N, D)."""
-    valid: Tensor
-    """(B · N,) bool: the first rows."""
-    ends: Tensor
-    """(B + 1,) int32: where each song begins and ends among the rows."""
-    longest: int
-    """N."""
-    cos: Tensor
-    """(B · N, head_dim) float32."""
-    sin: Tensor
-    """(B · N, head_dim) float32."""
+    """(B, N, D)."""
+    counts: Tensor
+    """Valid tokens, (B,) int32."""
+    angles: tuple[Tensor, Tensor]
+    """Rotary cosine and sine, (B, N, head_dim) float32."""
 
     @classmethod
     def pack(cls, condition: Conditioning) -> PackedConditioning:
         """Without waiting for the device to count the tokens."""
         batch, longest = condition.mask.shape
-        mask = condition.mask.flatten()
-        order = torch.argsort(~mask, stable=True)
-        counts = condition.mask.sum(dim=1, dtype=torch.int32)
-        ends = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        order = torch.argsort(~condition.mask, dim=1, stable=True)
+        rows = order + longest * torch.arange(batch, device=order.device)[:, None]
         cos, sin = (
-            angles.expand(batch, 1, longest, -1).reshape(batch * longest, -1)[order]
+            angles.expand(batch, 1, longest, -1).reshape(batch * longest, -1)[rows]
             for angles in condition.angles
         )
-        return cls(condition.tokens.flatten(0, 1)[order], mask[order], ends, longest, cos, sin)
+        counts = condition.mask.sum(dim=1, dtype=torch.int32)
+        return cls(condition.tokens.flatten(0, 1)[rows], counts, (cos, sin))
 
 
 class FusedBlock:
@@ -263,7 +284,11 @@ class FusedBlock:
         )
         update = self.out(attended)
         x, copied = _AddNorm.apply(x, update, gate_a, None, None, self.out.rank, self.query.rank, self.dtype)
-        update = self.cross_out(self._attend(copied, condition, angles))
+        attended = _CrossAttention.apply(
+            self.query(copied), self.keys_values(condition.tokens), *angles, lengths, condition, self.heads,
+            self.query.rank, self.keys_values.rank, self.cross_out.rank,
+        )  # fmt: skip
+        update = self.cross_out(attended)
         x, normed = _AddNorm.apply(
             x, update, None, shift_f, scale_f, self.cross_out.rank, self.expand.rank, self.dtype
         )
@@ -273,50 +298,6 @@ class FusedBlock:
         update = self.contract(hidden)
         x, _ = _AddNorm.apply(x, update, gate_f, None, None, self.contract.rank, None, self.dtype)
         return x
-
-    def _attend(self, x: Tensor, condition: PackedConditioning, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-attention of x (B, W, D) before its last layer."""
-        batch, width, _ = x.shape
-        query = _Rotary.apply(self.query(x).flatten(0, 1), *angles, self.heads, None, self.query.rank)
-        # A row that belongs to no song gets no gradient, whatever the attention's backward pass leaves there.
-        keys_values = _Rotary.apply(
-            self.keys_values(condition.tokens),
-            condition.cos,
-            condition.sin,
-            self.heads,
-            condition.valid,
-            self.keys_values.rank,
-        )
-        key, value = keys_values.chunk(2, dim=-1)
-        attended = attention_by_song(
-            *(rows.unflatten(-1, (self.heads, -1)) for rows in (query, key, value)),
-            query_ends=torch.arange(0, batch * width + 1, width, dtype=torch.int32, device=x.device),
-            key_ends=condition.ends,
-            longest_query=width,
-            longest_key=condition.longest,
-        )
-        return attended.flatten(1).view(batch, width, -1)
-
-
-def attention_by_song(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    query_ends: Tensor,
-    key_ends: Tensor,
-    longest_query: int,
-    longest_key: int,
-) -> Tensor:
-    """Softmax attention of rows (N, heads, head_dim) within songs, whose rows lie one song after another."""
-    if query.is_cuda:
-        attended = varlen_attn(query, key, value, query_ends, key_ends, longest_query, longest_key)
-        return cast(Tensor, attended)  # a tuple only where more is asked for
-    songs = []
-    for (q0, q1), (k0, k1) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
-        q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        songs.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
-    return torch.cat(songs)
 
 
 def fuse(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from acestep_ray.diffusion.objective import TrainingBatch, flow_matching_losses
 from acestep_ray.models import (
     block_kernels,
+    cross_attention_kernels,
     linear_attention_kernels,
     projection_kernels,
 )
@@ -149,6 +150,8 @@ def main() -> None:
     torch.set_num_threads(1)
     block_kernels._BACKWARD_RUN = 8
     linear_attention_kernels._CHUNK, linear_attention_kernels._ROWS = 16, 16
+    tile = cross_attention_kernels.Tile(16, 16, 1, 1)
+    cross_attention_kernels._TILES_32_BITS = cross_attention_kernels.Tiles(tile, tile, tile)
     errors = {name: fused_error(lora, (2, 1)) for name, lora in LORAS.items()}
     errors["all weights"] = fused_error(None, FRAMES, layers=2)
     errors["long songs"] = fused_error(LORAS["LoRA"], FRAMES, layers=2)

@@ -17,7 +17,7 @@ def test_every_fused_block_has_the_losses_and_gradients_of_the_plain_one():
 
 
 BF16, F32, I32 = "*bf16", "*fp32", "*i32"
-ATTENTION = {
+LINEAR_ATTENTION = {
     "_state_kernel": {"qkv": BF16, "lengths": I32, "state": F32},
     "_apply_kernel": {"qkv": BF16, "sums": BF16, "norms": F32, "out": BF16},
     "_query_backward_kernel": {
@@ -28,35 +28,52 @@ ATTENTION = {
         "qkv": BF16, "lengths": I32, "sums_grad": BF16, "norms_grad": F32, "qkv_grad": BF16,
     },
 }  # fmt: skip
+CROSS_ATTENTION_INPUTS = {
+    "query": BF16, "keys_values": BF16, "cos": F32, "sin": F32, "lengths": I32, "counts": I32, "sums": F32,
+    "factor": "fp32",
+}  # fmt: skip
+CROSS_ATTENTION_GRADIENTS = {"out_grad": BF16, "products": F32, "scale": "fp32"}
+CROSS_ATTENTION = {
+    "_forward_kernel": ("forward", {"out": BF16}),
+    "_query_gradient_kernel": ("queries", {"out": BF16, "query_grad": BF16} | CROSS_ATTENTION_GRADIENTS),
+    "_key_gradient_kernel": ("keys", {"grads": BF16} | CROSS_ATTENTION_GRADIENTS),
+}
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_linear_attention_fits_the_shared_memory_of_a_consumer_gpu(name):
-    """Compiled for one with 99 KB a block, as those with 24 GB have; the A100 and the H100 have more."""
+def shared_memory(kernel, types: dict[str, str], constants: dict[str, object], **options: int) -> int:
+    """Bytes of a block, compiled for a GPU with 99 KB, as those with 24 GB have; A100 and H100 have more."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from acestep_ray.models import linear_attention_kernels
-
-    kernel = getattr(linear_attention_kernels, name)
-    constants = {
-        "HEADS": 20,
-        "D": 128,
-        "CHUNK": 512,
-        "ROWS": linear_attention_kernels._ROWS,
-        "PRECISION": "tf32",
-    }
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = (
-        dict.fromkeys(kernel.arg_names, "i32") | ATTENTION[name] | dict.fromkeys(constants, "constexpr")
-    )
+    signature = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 86, 32), options={"num_warps": linear_attention_kernels._WARPS}
-    )
-    assert compiled.metadata.shared <= 99 * 1024
+    return triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options).metadata.shared
+
+
+@pytest.mark.parametrize("name", LINEAR_ATTENTION)
+def test_linear_attention_fits_the_shared_memory_of_a_consumer_gpu(name):
+    pytest.importorskip("triton")
+    from acestep_ray.models import linear_attention_kernels as kernels
+
+    constants = {"HEADS": 20, "D": 128, "CHUNK": 512, "ROWS": kernels._ROWS, "PRECISION": "tf32"}
+    used = shared_memory(getattr(kernels, name), LINEAR_ATTENTION[name], constants, num_warps=kernels._WARPS)
+    assert used <= 99 * 1024
+
+
+@pytest.mark.parametrize("name", CROSS_ATTENTION)
+def test_cross_attention_fits_the_shared_memory_of_a_consumer_gpu(name):
+    pytest.importorskip("triton")
+    from acestep_ray.models import cross_attention_kernels as kernels
+
+    part, types = CROSS_ATTENTION[name]
+    kernel, tile = getattr(kernels, name), getattr(kernels._TILES_16_BITS, part)
+    types = {key: value for key, value in (CROSS_ATTENTION_INPUTS | types).items() if key in kernel.arg_names}
+    constants = {"HEADS": 20, "D": 128, "FRAMES": tile.frames, "TOKENS": tile.tokens, "PRECISION": "tf32"}
+    used = shared_memory(kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+    assert used <= 99 * 1024
 
 
 def test_rows_with_room_are_found_again_and_others_are_copied():
