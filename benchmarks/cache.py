@@ -27,10 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from acestep_ray.cache.commit import commit, content_hash
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.parts import claim_output_dir, commit, find_rows, read_dims, store_rows
+from acestep_ray.cache.parts import read_dims, store_rows
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import FORMAT_VERSION, INDEX_SCHEMA, SAMPLE_SCHEMA, SAMPLES, table_to_bytes
+from acestep_ray.cache.stored import claim_output_dir, find_rows
 from acestep_ray.storage import Store
 
 LATENT_FRAMES = 2584
@@ -57,10 +59,14 @@ def open_index(songs: int, folder: Path, repeats: int) -> dict[str, Any]:
     }
     content = table_to_bytes(pa.table(columns, schema=INDEX_SCHEMA).sort_by("key"), "part")
     cache = Store.at(folder)
-    cache.write_bytes("index.parquet", content)
+    index_name = f"index-{content_hash(content)}.parquet"
+    cache.write_bytes(index_name, content)
     manifest = {
         "format_version": FORMAT_VERSION,
-        "index": "index.parquet",
+        "index": index_name,
+        # Opening does not read them.
+        "ledger": "ledger-0.parquet",
+        "rejects": "rejects/part-0.parquet",
         "fingerprint": "",
         "counts": {"samples": songs},
         "settings": SETTINGS,

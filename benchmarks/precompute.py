@@ -37,7 +37,8 @@ from ray.data import DataContext
 from released_sizes import AUTOENCODER, HUBERT, UMT5
 
 from acestep_ray.cache.graph import Graph
-from acestep_ray.cache.precompute import choose_pools, make_recipe, precompute
+from acestep_ray.cache.pools import choose_pools
+from acestep_ray.cache.precompute import make_recipe, precompute
 from acestep_ray.cache.schema import FEATURE_GROUPS
 from acestep_ray.cache.songs import Song
 from acestep_ray.config import PrecomputeConfig

@@ -128,14 +128,14 @@ def measure_graph(work: str, songs: int, nodes: int, speedup: float, wave_mb: fl
     from ray.cluster_utils import Cluster
     from simulated import SONGS_PER_FILE, Simulation, write_table
 
-    from acestep_ray.cache import graph, parts, precompute
+    from acestep_ray.cache import commit, graph, precompute
     from acestep_ray.config import PrecomputeConfig
 
     simulation = Simulation(DECODE_SECONDS / speedup, ENCODE_SECONDS / speedup, int(wave_mb * MEGABYTE))
     table = Path(work, f"songs-{songs}.jsonl")
     write_table(table, songs)
     # The files of songs of 8 MB are not joined; these few bytes would be.
-    parts.PART_BYTES = 1
+    commit.PART_BYTES = 1
     os.environ["RAY_AUTH_MODE"] = "disabled"
     store = 1_000_000_000 if not nodes else 150_000_000
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 300_000_000}
@@ -257,7 +257,7 @@ def measure_driver(work: str, songs: int, case: str) -> dict[str, Any]:
     import ray
     from simulated import SONG_BYTES, Simulation
 
-    from acestep_ray.cache import parts, precompute
+    from acestep_ray.cache import commit, precompute
 
     figures: dict[str, Any] = {"case": case, "songs": songs}
     ray.init(
@@ -273,7 +273,7 @@ def measure_driver(work: str, songs: int, case: str) -> dict[str, Any]:
     )
     timed_calls(figures, precompute, "_fingerprint")
     timed_calls(figures, precompute._Run, "find_unchanged")
-    timed_calls(figures, parts, "_move_parts", "delete_leftovers")
+    timed_calls(figures, commit, "_move_parts", "delete_leftovers")
     # The parts are empty.
     precompute.read_dims = lambda cache, rows: {"text_dim": 768, "ssl": {"mert": 1024, "m-hubert": 768}}
     before = resident_mb()

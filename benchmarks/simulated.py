@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from acestep_ray.cache.parts import claim_output_dir, commit, content_hash
+from acestep_ray.cache.commit import commit, content_hash
 from acestep_ray.cache.schema import FORMAT_VERSION, LEDGER_SCHEMA, SAMPLES, table_to_bytes
 from acestep_ray.cache.songs import DecodedSong, FileVersions, Recipe, Song
+from acestep_ray.cache.stored import claim_output_dir
 from acestep_ray.data.songs import SongTable
 from acestep_ray.storage import Store
 

@@ -190,6 +190,7 @@ def main() -> None:
         "steps": arguments.steps,
         "largest_difference": max((abs(a / b - 1) for a, b in pairs), default=None),
         "rows": rows,
+        "losses": losses,
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

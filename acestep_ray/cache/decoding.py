@@ -28,7 +28,8 @@ from acestep_ray.data.audio import (
     silent_fraction,
     to_training_audio,
 )
-from acestep_ray.data.schema import RejectReason, locate_file
+from acestep_ray.data.file_names import locate_file
+from acestep_ray.data.schema import RejectReason
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store

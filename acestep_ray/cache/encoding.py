@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from acestep_ray.cache.schema import array_to_bytes
@@ -19,7 +18,6 @@ from acestep_ray.cache.songs import (
     Recipe,
     Reject,
     Song,
-    build_row,
     encode_lyrics,
     first_line,
 )
@@ -105,11 +103,6 @@ class Encoder:
             for i, features in zip(batch, self._encode_together([songs[i] for i in batch]), strict=True):
                 outcomes[i] = features if isinstance(features, Reject) else {**lyrics[i], **features}
         return [outcomes[i] for i in range(len(songs))]
-
-    def encode_song(self, decoded: DecodedSong) -> pa.Table | Reject:
-        """One song's row, if this encoder has all the models of the recipe."""
-        (columns,) = self.encode([decoded])
-        return columns if isinstance(columns, Reject) else build_row(decoded, columns, self.recipe)
 
     def _encode_together(self, songs: Sequence[DecodedSong]) -> list[dict[str, Any] | Reject]:
         waves, prompts = [song.wave for song in songs], [self._prompts(song.song) for song in songs]

@@ -37,7 +37,8 @@ from acestep_ray.cache.transport import (
     read_decoded,
 )
 from acestep_ray.data.audio import MIN_SECONDS, SAMPLE_RATE, probe_seconds
-from acestep_ray.data.schema import RejectReason, locate_file
+from acestep_ray.data.file_names import locate_file
+from acestep_ray.data.schema import RejectReason
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.ray_runtime import beside_driver, cluster_cpus, nodes_with, share_of
 from acestep_ray.storage import Store

@@ -1,10 +1,10 @@
 """The `precompute` job: songs through the frozen models into the feature cache, once, on Ray.
 
-What earlier runs have left is found (`outcomes`), the rest goes through the stages of `graph`, which decode, encode and
-store song after song in bounded memory.
+What earlier runs have left is found (`stored`, `outcomes`), the rest goes through the stages of `graph`, which decode,
+encode and store song after song in bounded memory.
 
 A stored song survives whatever comes after it: a rerun finds it and computes only what is missing. Once every song is
-stored or rejected, small files are joined, and the manifest is written, which makes them a cache.
+stored or rejected, small files are joined, and the manifest is written, which makes them a cache (`commit`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import acestep_ray
+from acestep_ray.cache.commit import commit, plan_commit, repack
 from acestep_ray.cache.graph import EncoderPool, Graph
 from acestep_ray.cache.outcomes import (
     Candidate,
@@ -32,31 +32,17 @@ from acestep_ray.cache.outcomes import (
     rejects_of,
     unchanged_songs,
 )
-from acestep_ray.cache.parts import (
-    claim_output_dir,
-    commit,
-    find_rejects,
-    find_rows,
-    join_tables,
-    plan_commit,
-    read_dims,
-    repack,
-)
+from acestep_ray.cache.parts import read_dims
+from acestep_ray.cache.pools import choose_pools
 from acestep_ray.cache.schema import FEATURE_GROUPS, FORMAT_VERSION, LEDGER_SCHEMA, hash_of
 from acestep_ray.cache.songs import WINDOWS, Recipe, Reject, Settings, Song
+from acestep_ray.cache.stored import claim_output_dir, find_rejects, find_rows, join_tables
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.data.audio import MIN_SECONDS
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.songs import SongTable
-from acestep_ray.device import gpu_memory
 from acestep_ray.errors import InputError
-from acestep_ray.ray_runtime import (
-    cluster_cpus,
-    connect,
-    faults_explained,
-    nodes_with,
-    wait_for_first_node,
-)
+from acestep_ray.ray_runtime import cluster_cpus, connect, faults_explained, nodes_with
 from acestep_ray.storage import Store
 from acestep_ray.terminal import Progress, fact_table
 
@@ -69,11 +55,6 @@ LONGEST_SECONDS = 240.0
 _FILE_CPUS = 0.5
 _FILE_RETRIES = 3
 _SONGS_PER_TASK = 128
-# Several actors share a GPU: while one copies a song's audio and builds rows, others compute. All models and the
-# largest pass over a 240 s song take about 8 GB.
-_ACTORS_PER_GPU, _GPU_MEMORY_PER_ACTOR = 4, 12e9
-_CPUS_PER_GPU = 2
-_GPU_SHARES = {"latents": 0.45, "ssl": 0.45, "text": 0.1}
 _LISTED_REJECTS = 10
 
 
@@ -247,78 +228,6 @@ def make_recipe(
         speaker_dim=checkpoint.transformer_config.speaker_embedding_dim,
     )
     return Recipe(settings, models)
-
-
-def choose_pools(
-    config: PrecomputeConfig, features: tuple[str, ...], checkpoint: CheckpointDir
-) -> list[EncoderPool]:
-    """One pool of actors with all models, or with `--separate_encoders` one for each group of features.
-
-    Raises InputError where the cluster has no place for them.
-    """
-    resource = config.encode_resource
-    wait_for_first_node(config.device, resource)
-    nodes = [node["Resources"] for node in nodes_with(resource, "--encode_resource")]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    the_nodes = "the Ray cluster has" if resource is None else f"the nodes with {resource} have"
-    cores = [node["CPU"] for node in nodes if node.get("CPU")]
-    if not cores:
-        raise InputError(f"{the_nodes} no CPUs", fix="start Ray with --num-cpus 2 or more")
-    device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
-    if device == "cuda" and not gpus:
-        raise InputError(
-            f"--device is cuda, and {the_nodes} no GPU",
-            fix="give --device cpu, or start Ray where torch sees a GPU",
-        )
-    if "ssl" in features and not checkpoint.ssl_names:
-        features = tuple(name for name in features if name != "ssl") or features
-    if not config.separate_encoders:
-        if device == "cpu":
-            return [_cpu_pool(features, config.encoder_workers or len(cores), cores, resource)]
-        actors = config.encoder_workers or _actors_per_gpu(resource) * gpus
-        together = -(-actors // gpus)
-        share = config.encoder_gpus if config.encoder_gpus is not None else 1 / together
-        num_cpus = min(1, _CPUS_PER_GPU / together)
-        return [EncoderPool(features, device, actors, num_cpus, num_gpus=share, resource=resource)]
-    pools = []
-    for group in features:
-        flag = {"latents": "codec"}.get(group, group)
-        actors, share = getattr(config, f"{flag}_workers"), getattr(config, f"{flag}_gpus")
-        if device == "cpu" or share == 0:
-            pools.append(_cpu_pool((group,), actors or len(cores), cores, resource, pools=len(features)))
-            continue
-        share = share if share is not None else _GPU_SHARES[group]
-        pools.append(EncoderPool((group,), device, actors or gpus, 0.5, num_gpus=share, resource=resource))
-    return pools
-
-
-def _actors_per_gpu(resource: str | None) -> int:
-    """As many as the memory of the smallest GPU of these nodes has room for."""
-    nodes = nodes_with(resource, "--encode_resource")
-    smallest = min(_gpu_memories([node["NodeID"] for node in nodes if node["Resources"].get("GPU")]))
-    if not smallest:
-        raise InputError(
-            "torch sees no GPU on a node that has one for Ray",
-            fix="install a build of torch for CUDA there, or give --device cpu",
-        )
-    return max(1, min(_ACTORS_PER_GPU, int(smallest / _GPU_MEMORY_PER_ACTOR)))
-
-
-def _gpu_memories(nodes: Sequence[str]) -> list[int]:
-    """Bytes of memory of a GPU on each of these nodes."""
-    memory = ray.remote(num_cpus=0, num_gpus=0.01)(gpu_memory)
-    places = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
-    return ray.get([memory.options(scheduling_strategy=place).remote() for place in places])
-
-
-def _cpu_pool(
-    features: tuple[str, ...], actors: int, cores: list[float], resource: str | None, pools: int = 1
-) -> EncoderPool:
-    share = min(cores) / -(-actors // len(cores)) / pools
-    # Whole cores but one, as decoding needs the rest. Of a few cores more than half: when a node is lost, its encoder
-    # finds no place on another, where no room would be left to decode in.
-    num_cpus = int(share - 1) if share >= 3 else 0.6 * share
-    return EncoderPool(features, "cpu", actors, num_cpus, num_gpus=0, resource=resource)
 
 
 # --- the run -----------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from acestep_ray.cache.commit import delete_leftovers, leftovers
 from acestep_ray.cache.index import CacheIndex, read_manifest
-from acestep_ray.cache.parts import delete_leftovers, leftovers
 from acestep_ray.cache.schema import MANIFEST, SAMPLES
 from acestep_ray.storage import Store
 from acestep_ray.units import size_text

@@ -42,6 +42,8 @@ LATENT_CHANNELS, LATENT_HEIGHT = 8, 16
 
 MANIFEST = "manifest.json"
 SAMPLES, REJECTS, INCOMING = "samples", "rejects", ".incoming"
+INCOMING_PARTS, INCOMING_LEDGERS = f"{INCOMING}/parts", f"{INCOMING}/ledgers"
+INCOMING_REJECTS = f"{INCOMING}/rejects"
 
 _TABLE_NAME = re.compile(rf"(index|ledger|{REJECTS}/part)-[0-9a-f]+\.parquet")
 

@@ -71,10 +71,6 @@ class Settings:
     """"32" or "16": of the encoders."""
     resampler: str = RESAMPLER
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Settings:
-        return cls(**{**values, "features": tuple(values["features"])})
-
 
 @dataclass(frozen=True)
 class Recipe:

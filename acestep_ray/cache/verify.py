@@ -15,15 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from acestep_ray.cache.commit import content_hash, fingerprint_of, leftovers
 from acestep_ray.cache.index import read_index_table, read_manifest
-from acestep_ray.cache.parts import (
-    CacheDamagedError,
-    content_hash,
-    fingerprint_of,
-    ledger_of_part,
-    leftovers,
-    read_row,
-)
+from acestep_ray.cache.parts import CacheDamagedError, ledger_of_part, read_row
 from acestep_ray.cache.prune import reached
 from acestep_ray.cache.reader import song_of_row
 from acestep_ray.cache.schema import (

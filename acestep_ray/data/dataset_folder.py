@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import posixpath
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,9 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from acestep_ray.data.schema import check_within_reach
 from acestep_ray.errors import InputError
-from acestep_ray.storage import Store, StoredFile, is_url
+from acestep_ray.storage import Store, StoredFile
 from acestep_ray.storage.folders import files_below, upload_files
 from acestep_ray.terminal import Progress
 
@@ -25,20 +23,6 @@ MARKER = "prepare.json"
 # What readers look for first, of a Dataset and of a DatasetDict.
 _INDEX = ("dataset_info.json", "state.json", "dataset_dict.json")
 _COPIES = 8
-
-
-def file_at(filename: str, folder: Store) -> StoredFile:
-    """The file that a source names: by a URL, an absolute path, or relative to its folder.
-
-    Raises InputError for a URL that cannot be used, and what `check_within_reach` raises.
-    """
-    if is_url(filename):
-        return check_within_reach(StoredFile.at(filename), folder)
-    if folder.is_local or os.path.isabs(filename):
-        path = os.path.normpath(os.path.join(folder.url if folder.is_local else "", filename))
-        return check_within_reach(StoredFile.at(path), folder)
-    protocol, _, path = folder.url.partition("://")
-    return StoredFile.at(f"{protocol}://{posixpath.normpath(posixpath.join(path, filename))}")
 
 
 class FilePlaces:

@@ -22,7 +22,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from acestep_ray.config import PrepareConfig
-from acestep_ray.data.dataset_folder import MARKER, Copies, FilePlaces, file_at, write_dataset
+from acestep_ray.data.dataset_folder import MARKER, Copies, FilePlaces, write_dataset
+from acestep_ray.data.file_names import file_at
 from acestep_ray.data.schema import dataset_features
 from acestep_ray.data.sources import (
     TABLE_SUFFIXES,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from acestep_ray.errors import InputError
-from acestep_ray.storage import Store, StoredFile, is_url
+from acestep_ray.storage import Store, is_url
 
 if TYPE_CHECKING:
     import datasets
@@ -165,74 +165,6 @@ def open_dataset(
         )
     check_unique_keys(once["keys"][:], where)
     return once
-
-
-def is_dataset_dir(path: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds a Hugging Face dataset, single or with splits; its content is not checked."""
-    store = Store.at(path)
-    return any(store.status(name) is not None for name in (_SPLIT_LISTING, _STATE))
-
-
-# Whoever put songs there is nobody whom this machine's files and buckets concern.
-_OF_STRANGERS = ("hf", "http", "https")
-
-
-def check_within_reach(file: StoredFile, root: Store) -> StoredFile:
-    """`file`, which a row of a source at `root` names by its URL or an absolute path.
-
-    Raises InputError where a source from the Hub or the web names a file of this machine or of a bucket, which would
-    be read with the user's own rights.
-    """
-    if root.protocol in _OF_STRANGERS and file.store.protocol not in _OF_STRANGERS:
-        raise InputError(
-            f"songs from {root.protocol}:// name a file that is not there",
-            where=file.url,
-            fix=f"put the file beside them; copy {root.url} to this machine where you trust it",
-        )
-    return file
-
-
-def locate_file(root: Store, filename: str) -> StoredFile:
-    """The file that a row names: relative to `root`, an absolute path on this machine, or a URL with `://`.
-
-    Only `/` separates folders; a backslash is a character like any other. Symbolic links are followed, also those
-    that lead out of a local `root`: whoever made the dataset made the links. The file need not exist.
-
-    Raises InputError if the name is empty or malformed, or if its `..` lead out of `root`, and what
-    `check_within_reach` raises.
-    """
-    if not filename.strip() or "\0" in filename:
-        raise InputError("a file name is empty or malformed", where=repr(filename))
-    if is_url(filename) or filename.startswith("/"):
-        return check_within_reach(StoredFile.at(filename), root)
-    name = posixpath.normpath(filename)
-    if name in (".", "..") or name.startswith("../"):
-        raise InputError(
-            "a file name leaves the dataset directory",
-            where=filename,
-            fix=f"keep the file inside {root.url}, or give its absolute path or URL",
-        )
-    return root.file(name)
-
-
-def resolve_audio_path(dataset_dir: str | os.PathLike[str], filename: str) -> Path:
-    """Absolute path of a file that a row names: relative to the dataset directory, or absolute already.
-
-    Raises InputError if the name is empty or malformed, or if `..` leads out of the directory.
-    """
-    if not filename.strip() or "\0" in filename:
-        raise InputError("a file name is empty or malformed", where=repr(filename))
-    if os.path.isabs(filename):
-        return Path(filename)
-    root = os.path.abspath(dataset_dir)
-    resolved = os.path.normpath(os.path.join(root, filename))
-    if os.path.commonpath([root, resolved]) != root:
-        raise InputError(
-            "a file name leaves the dataset directory",
-            where=filename,
-            fix=f"keep the file inside {root}, or give its absolute path",
-        )
-    return Path(resolved)
 
 
 def _no_rows(where: str) -> InputError:

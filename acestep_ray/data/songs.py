@@ -13,14 +13,8 @@ from typing import Any, BinaryIO
 import datasets
 
 from acestep_ray.data.schema import COLUMNS, check_unique_keys, open_dataset
-from acestep_ray.data.sources import (
-    TABLE_SUFFIXES,
-    Findings,
-    SourceSong,
-    printable,
-    songs_of_folder,
-    songs_of_table,
-)
+from acestep_ray.data.sources import TABLE_SUFFIXES, Findings, SourceSong, songs_of_folder, songs_of_table
+from acestep_ray.data.texts import printable
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store, StoredFile, is_url
 

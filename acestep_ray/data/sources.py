@@ -24,7 +24,8 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES, UNSUPPORTED_SUFFIXES
-from acestep_ray.storage import AccessDeniedError, Store, StoredFile, is_url
+from acestep_ray.data.texts import is_unicode, printable, read_text, recaptions_of, split_tags, text_of_cell
+from acestep_ray.storage import Store, StoredFile, is_url
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
@@ -103,10 +104,10 @@ def songs_of_folder(root: Store, findings: Findings) -> Iterator[SourceSong]:
                 text = texts.get(f"{file.with_suffix('')}{ending}")
                 if text is not None:
                     used.add(text)
-                    return _read_text(root.file(text), printable(text), problems)
+                    return read_text(root.file(text), printable(text), problems)
             return None
 
-        if not _is_unicode(name):
+        if not is_unicode(name):
             problems.append(f"{origin}: the file name is not valid UTF-8, rename it")
         if file.suffix.lower() in UNSUPPORTED_SUFFIXES:
             warnings.append(f"{origin}: {file.suffix} is not read; convert it to FLAC, WAV or MP3")
@@ -122,12 +123,12 @@ def songs_of_folder(root: Store, findings: Findings) -> Iterator[SourceSong]:
                 f"{origin}: {state}; {printable(file.stem)}_prompt.txt would hold its tags, with commas between them"
             )
         lyrics = read_beside(_LYRICS_ENDINGS) or ""
-        recaption = _recaption(read_beside(_RECAPTION_ENDINGS), origin, problems)
+        recaption = recaptions_of(read_beside(_RECAPTION_ENDINGS), origin, problems)
         song = SourceSong(
             origin=origin,
             key=_key_of_file(name, shared_keys),
             filename=name,
-            tags=_split_tags(prompt or ""),
+            tags=split_tags(prompt or ""),
             lyrics=lyrics,
             recaption=recaption,
             speaker="",
@@ -287,7 +288,7 @@ def _song_of_row(
     problems: list[str] = []
 
     def text(column: str) -> str:
-        return _text_cell(cells.get(column), column, origin, problems)
+        return text_of_cell(cells.get(column), column, origin, problems)
 
     filename = text("filename")
     if not filename:
@@ -295,9 +296,9 @@ def _song_of_row(
         findings.problems.append(f"{origin}: names no audio file (column filename)")
         return None
     if isinstance(cells.get("tags"), list):
-        tags = [_text_cell(tag, "tags", origin, problems) for tag in cells["tags"]]
+        tags = [text_of_cell(tag, "tags", origin, problems) for tag in cells["tags"]]
     else:
-        tags = _split_tags(text("tags"))
+        tags = split_tags(text("tags"))
     if not any(tags):
         findings.warnings.append(f"{origin} ({filename}): no tags")
     return SourceSong(
@@ -306,8 +307,8 @@ def _song_of_row(
         filename=filename,
         tags=[tag for tag in tags if tag],
         lyrics=text("norm_lyrics"),
-        recaption=_recaption(recaption_cells, origin, problems)
-        | _recaption(cells.get("recaption"), origin, problems),
+        recaption=recaptions_of(recaption_cells, origin, problems)
+        | recaptions_of(cells.get("recaption"), origin, problems),
         speaker=text("speaker_emb_path"),
         language=text("language").lower(),
         problems=problems,
@@ -343,81 +344,3 @@ def _cells_by_column(row: dict[str, Any], unused: dict[str, str]) -> tuple[dict[
     }
     unused.update(dict.fromkeys(by_name, "its name is unknown"))
     return cells, recaption
-
-
-def _text_cell(cell: Any, column: str, origin: str, problems: list[str]) -> str:
-    if cell is None:
-        return ""
-    if isinstance(cell, str) and _is_unicode(cell):
-        return _clean(cell)
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return str(cell)
-    kind = "half of a surrogate pair" if isinstance(cell, str) else type(cell).__name__
-    problems.append(f"{origin}: {column} holds {kind}, not text")
-    return ""
-
-
-# --- texts and files ---------------------------------------------------------------------------------------
-
-
-def _read_text(file: StoredFile, origin: str, problems: list[str]) -> str:
-    """The cleaned text of a UTF-8 file; "" after a problem is noted."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
-        return ""
-    except OSError as error:
-        problems.append(f"{origin}: cannot be read ({error.strerror})")
-        return ""
-    except AccessDeniedError:
-        problems.append(f"{origin}: cannot be read (object storage denies access)")
-        return ""
-    if "\0" in text:
-        problems.append(f"{origin}: not UTF-8 text (it holds NUL bytes), save it as UTF-8")
-        return ""
-    return _clean(text)
-
-
-def _clean(text: str) -> str:
-    """Line ends as LF, no white space at the ends of lines, none at both ends of the text."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return "\n".join(line.rstrip() for line in lines).strip()
-
-
-def _split_tags(text: str) -> list[str]:
-    """Tags between commas or line ends; the full-width comma of Chinese and Japanese texts counts too."""
-    return [tag.strip() for tag in re.split(r"[,，\n]", text) if tag.strip()]
-
-
-def _recaption(recaption: Any, origin: str, problems: list[str]) -> dict[str, str]:
-    """Recaptions by name, blank ones dropped, from a dict or its JSON text."""
-    if isinstance(recaption, str) and recaption.strip():
-        try:
-            recaption = json.loads(recaption)
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"{origin}: its recaption is not JSON ({error})")
-            return {}
-    if not recaption:
-        return {}
-    if not isinstance(recaption, dict):
-        problems.append(f"{origin}: its recaption is not an object of names and texts")
-        return {}
-    texts = {
-        name: _text_cell(text, f"recaption {name!r}", origin, problems) for name, text in recaption.items()
-    }
-    return {name: text for name, text in texts.items() if text}
-
-
-def _is_unicode(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def printable(name: object) -> str:
-    """A file's name; one that is not UTF-8 in ASCII, since it could be neither stored nor printed."""
-    text = str(name)
-    return text if _is_unicode(text) else os.fsencode(text).decode("ascii", "backslashreplace")

@@ -10,7 +10,7 @@ from acestep_ray.cache.parts import CacheDamagedError
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.data.audio import AudioFile
 from acestep_ray.data.audio_source import AudioError
-from acestep_ray.data.schema import locate_file
+from acestep_ray.data.file_names import locate_file
 from acestep_ray.data.songs import SongTable
 from acestep_ray.doctor.finding import Finding, from_error, ok, problem, warning
 from acestep_ray.errors import InputError, without_password

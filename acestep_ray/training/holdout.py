@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.parts import find_rows
+from acestep_ray.cache.stored import find_rows
 from acestep_ray.errors import InputError
 
 # Without a number that was asked for: one song in twenty, and no more than a validation needs.

@@ -12,8 +12,13 @@ import soundfile
 import torch
 
 from acestep_ray.cache.encoding import Encoder
+from acestep_ray.cache.parts import store_rows
 from acestep_ray.cache.songs import DecodedSong, Recipe, Settings, Song
 from acestep_ray.data.lyrics import LyricTokenizer, build_tiny_vocabulary
+from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.storage import Store
+from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
+from tests.cache.rows import reject, song_row, write_rows
 
 TEXT_DIM = 6
 SPEAKER_DIM = 5
@@ -49,6 +54,11 @@ class StandInSSL:
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> CheckpointDir:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def lyric_tokenizer(tmp_path_factory) -> LyricTokenizer:
     path = tmp_path_factory.mktemp("lyrics") / "vocab.json"
     build_tiny_vocabulary(path)
@@ -65,6 +75,16 @@ def encoder(lyric_tokenizer) -> Encoder:
         ssl_encoders={name: StandInSSL(name) for name in SSL_DIMS},
         lyric_tokenizer=lyric_tokenizer,
     )
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Store:
+    """Songs a to d in two parts, two of each."""
+    monkeypatch.setattr("acestep_ray.cache.commit.PART_ROWS", 2)
+    cache = Store.at(tmp_path / "cache")
+    for keys in ("ab", "cd"):
+        store_rows(cache, [song_row(key, speaker=key == "a") for key in keys])
+    return write_rows(cache, [], [reject("x"), reject("y", "silent")])
 
 
 def song(key: str = "a", **changes: Any) -> Song:

@@ -7,18 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from acestep_ray.cache.parts import (
-    claim_output_dir,
-    commit,
-    find_rows,
-    plan_commit,
-    read_dims,
-    repack,
-    store_rows,
-)
+from acestep_ray.cache.commit import commit, plan_commit, repack
+from acestep_ray.cache.parts import read_dims, store_rows
 from acestep_ray.cache.schema import FORMAT_VERSION, SAMPLE_SCHEMA
 from acestep_ray.cache.songs import Reject
+from acestep_ray.cache.stored import claim_output_dir, find_rows
 from acestep_ray.storage import Store
 
 TEXT_DIM = 6
@@ -80,6 +75,27 @@ def song_row(
     return pa.Table.from_pylist([{**row, **changes}], schema=SAMPLE_SCHEMA)
 
 
+def rows_of_every_shape() -> list[pa.Table]:
+    """Songs with empty, absent and very large values."""
+    text_only = dict.fromkeys(("latents", "latent_frames", "ssl"))
+    ssl_entry = {"name": "mert", "frames": 4500, "dim": 1024, "directions": bytes(4500 * 1024)}
+    return [
+        song_row("plain"),
+        song_row("speaker", speaker=True),
+        pa.Table.from_pylist([{"key": "nothing"}], schema=SAMPLE_SCHEMA),
+        song_row("no latents", **text_only),
+        song_row("empty", latents=b"", prompts=[], lyric_ids=[], ssl=[], speaker=b""),
+        song_row("null ends", lyric_languages=["en", None], ssl=[None, ssl_entry, None]),
+        song_row("\n\t🎵" * 1000, filename=""),
+        song_row("many pages", lyric_ids=range(1_000_000), lyric_languages=["en"] * 300_000),
+        song_row("values of many pages", text_embeddings=[bytes(300_000)] * 40 + [b""]),
+        song_row("more values than a batch", text_embeddings=[bytes([i % 7]) for i in range(5000)]),
+        song_row("a 240 s song", frames=2584, ssl_dims={"mert": 1024, "m-hubert": 768}),
+        song_row("one value of many pages", latents=np.random.default_rng(0).bytes(9_000_000)),
+        song_row("last"),
+    ]
+
+
 def reject(key: str, reason: str = "missing", **fields: Any) -> Reject:
     return Reject(
         key,
@@ -134,3 +150,8 @@ def fingerprint_of(row: pa.Table) -> str:
 def contents(cache: Store) -> dict[str, bytes]:
     """Every file of a cache with its bytes."""
     return {name: cache.read_bytes(name) for name in cache.names()}
+
+
+def keys_of(cache: Store, folder: str = "samples") -> list[str]:
+    """Keys in all files of a folder of the cache, sorted."""
+    return sorted(pq.read_table(cache.path / folder, columns=["key"])["key"].to_pylist())

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from acestep_ray.cache.decoding import decode_song, file_versions
 from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.precompute import check_settings, make_recipe
-from acestep_ray.cache.songs import Song
+from acestep_ray.cache.songs import DecodedSong, Song, build_row
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
@@ -25,6 +26,12 @@ def rows_of(cache: str | Path, folder: str = "samples") -> dict[str, dict[str, A
     return by_key
 
 
+def encoded_row(encoder: Encoder, decoded: DecodedSong) -> pa.Table:
+    """The row that the stages make of a song that can be used."""
+    (columns,) = encoder.encode([decoded])
+    return build_row(decoded, columns, encoder.recipe)
+
+
 def encode_directly(
     config: PrecomputeConfig, checkpoint: CheckpointDir, row: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -33,4 +40,4 @@ def encode_directly(
     encoder = Encoder.load(checkpoint, recipe, "cpu")
     root, song = Store.at(config.dataset_path), Song.from_row(row)
     (decoded,) = decode_song(root, song, recipe, file_versions(root, song))
-    return encoder.encode_song(decoded).to_pylist()[0]
+    return encoded_row(encoder, decoded).to_pylist()[0]

@@ -3,7 +3,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,13 @@ from tests.cache.conftest import (
     decoded,
     song,
 )
+from tests.cache.runs import encoded_row
 
 
 def test_an_encoded_song_is_one_row_with_everything_training_needs(encoder):
     speaker = np.arange(SPEAKER_DIM, dtype=np.float32)
     source = decoded(song(), seconds=4.0, speaker=speaker)
-    table = encoder.encode_song(source)
+    table = encoded_row(encoder, source)
     assert table.schema == SAMPLE_SCHEMA
     (row,) = table.to_pylist()
     assert row["fingerprint"] == RECIPE.row_fingerprint(song(), "a" * 64, "b" * 64)
@@ -42,7 +42,7 @@ def test_an_encoded_song_is_one_row_with_everything_training_needs(encoder):
 
 
 def test_a_song_without_lyrics_or_speaker_has_none_in_its_row(encoder):
-    (row,) = encoder.encode_song(decoded(song(lyrics=" \n "))).to_pylist()
+    (row,) = encoded_row(encoder, decoded(song(lyrics=" \n "))).to_pylist()
     assert (row["lyric_ids"], row["lyric_languages"], row["speaker"]) == ([], [], None)
 
 
@@ -50,7 +50,7 @@ def test_the_frame_stride_keeps_every_nth_frame_and_the_count_of_all(encoder):
     source = decoded(song())
     (features,) = encoder.ssl_encoders["mert"].encode_batch([torch.from_numpy(source.wave)])
     encoder.recipe = replace(RECIPE, settings=replace(SETTINGS, ssl_frame_stride=4))
-    (row,) = encoder.encode_song(source).to_pylist()
+    (row,) = encoded_row(encoder, source).to_pylist()
     mert = next(entry for entry in row["ssl"] if entry["name"] == "mert")
     kept = np.frombuffer(mert["directions"], np.int8).reshape(-1, SSL_DIMS["mert"])
     assert mert["frames"] == len(features)
@@ -72,13 +72,13 @@ def test_quantised_frames_use_the_whole_range_and_zeros_stay_zeros():
 
 
 def test_a_language_that_is_not_supported_is_a_reject(encoder):
-    result = encoder.encode_song(decoded(song(language="tlh")))
+    (result,) = encoder.encode([decoded(song(language="tlh"))])
     assert (result.stage, result.reason) == ("text", "bad_lyrics")
 
 
 def test_values_that_are_not_finite_are_a_reject(encoder):
     encoder.codec.encode = lambda waves, lengths: (torch.full((1, 8, 16, 5), 1e6), torch.tensor([5]))
-    result = encoder.encode_song(decoded(song()))
+    (result,) = encoder.encode([decoded(song())])
     assert (result.stage, result.reason) == ("encode", "encoder")
 
 
@@ -92,7 +92,7 @@ def test_a_model_that_fails_on_this_song_alone_makes_it_a_reject(encoder):
         return encode(waves, lengths)
 
     encoder.codec.encode = fail_on_song
-    result = encoder.encode_song(source)
+    (result,) = encoder.encode([source])
     assert isinstance(result, Reject)
     assert (result.reason, result.message) == ("encoder", "RuntimeError: what a song")
 
@@ -106,7 +106,7 @@ def test_a_fault_of_the_machine_or_the_program_is_no_reject(encoder, error):
 
     encoder.codec.encode = fail
     with pytest.raises(type(error), match=str(error)):
-        encoder.encode_song(decoded(song()))
+        encoder.encode([decoded(song())])
 
 
 def test_running_out_of_memory_on_one_song_is_no_reject(encoder):
@@ -120,7 +120,7 @@ def test_running_out_of_memory_on_one_song_is_no_reject(encoder):
 
     encoder.codec.encode = fail_on_song
     with pytest.raises(torch.OutOfMemoryError):
-        encoder.encode_song(source)
+        encoder.encode([source])
 
 
 def on_a_gpu(encoder: Encoder, monkeypatch) -> Encoder:
@@ -210,12 +210,11 @@ def test_an_encoder_gives_the_columns_of_the_models_that_it_has(encoder, models,
     part = Encoder(RECIPE, **{name: getattr(encoder, name) for name in models})
     (values,) = part.encode([source])
     assert values == {name: everything[name] for name in columns}
-    row = part.encode_song(source)
+    row = encoded_row(part, source)
     missing = set(everything) - columns - {"latent_frames", "ssl"}
     assert all(row[name][0].as_py() in (None, []) for name in missing)
 
 
 def test_the_same_song_gives_the_same_row(encoder):
-    first, second = (encoder.encode_song(decoded(song())) for _ in range(2))
-    assert isinstance(first, pa.Table)
+    first, second = (encoded_row(encoder, decoded(song())) for _ in range(2))
     assert first.equals(second)

@@ -11,9 +11,8 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from acestep_ray.cache import parts as parts_module
 from acestep_ray.cache.index import CacheIndex, Keys
-from acestep_ray.cache.parts import CacheDamagedError
+from acestep_ray.cache.parts import CacheDamagedError, store_rows
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import INDEX_SCHEMA, table_from_bytes, table_to_bytes
 from acestep_ray.errors import InputError
@@ -35,10 +34,10 @@ def rows() -> dict[str, pa.Table]:
 @pytest.fixture
 def cache(rows, tmp_path, monkeypatch) -> Store:
     """A cache in parts of two songs."""
-    monkeypatch.setattr(parts_module, "PART_ROWS", 2)
+    monkeypatch.setattr("acestep_ray.cache.commit.PART_ROWS", 2)
     cache = Store.at(tmp_path / "cache")
     for keys in (("cc", "dddd"), ("bbb", "a")):
-        parts_module.store_rows(cache, [rows[key] for key in keys])
+        store_rows(cache, [rows[key] for key in keys])
     return write_rows(cache, [])
 
 

@@ -14,7 +14,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.parts import find_rows
+from acestep_ray.cache.stored import find_rows
 from acestep_ray.cli import JOBS
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.schema import open_dataset

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from ray.job_submission import JobStatus
 
-from acestep_ray.cache.parts import find_rows
+from acestep_ray.cache.stored import find_rows
 from acestep_ray.cache.verify import verify_cache
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.demo import write_demo_songs

@@ -11,9 +11,11 @@ import pytest
 from datasets import load_from_disk
 
 from acestep_ray.config import PrepareConfig
+from acestep_ray.data.file_names import locate_file
 from acestep_ray.data.prepare import prepare_dataset
-from acestep_ray.data.schema import open_dataset, resolve_audio_path, row_recaption
+from acestep_ray.data.schema import open_dataset, row_recaption
 from acestep_ray.errors import InputError
+from acestep_ray.storage import Store
 
 
 @pytest.fixture
@@ -55,6 +57,10 @@ def prepare(source, **settings):
     return summary, {row["keys"]: row for row in open_dataset(output)}
 
 
+def stored_file(summary, filename):
+    return locate_file(Store.at(summary.output_dir), filename).path
+
+
 def refusal(source, output=None, **settings) -> str:
     output = source.parent / "set" if output is None else output
     before = tree(source.parent)
@@ -89,7 +95,7 @@ def test_a_folder_becomes_a_dataset_that_holds_its_audio(songs):
     assert rows["deep_er_b"]["norm_lyrics"] == ""
     shutil.rmtree(songs)
     for row in rows.values():
-        audio = resolve_audio_path(summary.output_dir, row["filename"])
+        audio = stored_file(summary, row["filename"])
         assert audio.read_bytes() == b"audio" + row["filename"].removeprefix("audio/").encode()
 
 
@@ -157,7 +163,7 @@ def test_linked_songs_and_folders_are_followed_once(songs, tmp_path):
     (songs / "c.wav").symlink_to(original)
     summary, rows = prepare(songs)
     assert sorted(rows) == ["a", "album_b", "c"]
-    stored = resolve_audio_path(summary.output_dir, rows["c"]["filename"])
+    stored = stored_file(summary, rows["c"]["filename"])
     assert not stored.is_symlink()
     assert stored.read_bytes() == original.read_bytes()
 
@@ -300,7 +306,7 @@ def test_a_csv_becomes_a_dataset(songs):
     assert prepared["raw_two"]["filename"] == "audio/raw/two.mp3"
     assert row_recaption(prepared["raw_two"]) == {"descriptive": "Long."}
     assert [warning.rpartition(": ")[2] for warning in summary.warnings] == ["no tags"]
-    speaker = resolve_audio_path(summary.output_dir, prepared["first"]["speaker_emb_path"])
+    speaker = stored_file(summary, prepared["first"]["speaker_emb_path"])
     assert speaker.read_bytes() == b"embedding"
 
 
@@ -374,10 +380,7 @@ def test_files_of_one_name_from_several_folders_do_not_collide(songs, tmp_path):
         add(tmp_path / number, "a.wav", audio=number.encode())
         rows.append({"key": number, "filename": f"../{number}/a.wav", "tags": "x"})
     summary, prepared = prepare(write_csv(songs / "list.csv", rows))
-    contents = [
-        resolve_audio_path(summary.output_dir, prepared[key]["filename"]).read_bytes()
-        for key in ("0", "1", "2")
-    ]
+    contents = [stored_file(summary, prepared[key]["filename"]).read_bytes() for key in ("0", "1", "2")]
     assert contents == [b"audioa.wav", b"1a.wav", b"2a.wav"]
     assert {row["filename"] for row in prepared.values()} == {"audio/a.wav", "audio/a-2.wav", "audio/a-3.wav"}
 
@@ -581,7 +584,7 @@ def test_audio_is_copied_where_it_cannot_be_linked(songs, monkeypatch):
     original = add(songs, "a.wav")
     monkeypatch.setattr(os, "link", refuse)
     summary, rows = prepare(songs)
-    stored = resolve_audio_path(summary.output_dir, rows["a"]["filename"])
+    stored = stored_file(summary, rows["a"]["filename"])
     assert stored.read_bytes() == original.read_bytes()
     assert stored.stat().st_ino != original.stat().st_ino
 

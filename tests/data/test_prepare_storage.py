@@ -9,7 +9,8 @@ import pytest
 
 from acestep_ray.config import PrepareConfig
 from acestep_ray.data import dataset_folder
-from acestep_ray.data.dataset_folder import MARKER, file_at
+from acestep_ray.data.dataset_folder import MARKER
+from acestep_ray.data.file_names import file_at
 from acestep_ray.data.prepare import prepare_dataset
 from acestep_ray.data.schema import open_dataset
 from acestep_ray.data.songs import SongTable

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -10,16 +9,12 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from acestep_ray.data.schema import (
     RejectReason,
     dataset_features,
-    is_dataset_dir,
-    locate_file,
     open_dataset,
-    resolve_audio_path,
     row_recaption,
     row_tags,
     row_text,
 )
 from acestep_ray.errors import InputError
-from acestep_ray.storage import Store
 
 
 def rows(*keys: str) -> list[dict]:
@@ -176,95 +171,6 @@ def test_duplicate_keys_are_listed(tmp_path):
     message = refusal(save(content, tmp_path / "set"))
     assert "2 keys" in message
     assert "keys a, b" in message
-
-
-def test_audio_paths_are_relative_to_the_dataset_or_absolute(tmp_path):
-    assert resolve_audio_path(tmp_path, "audio/a.wav") == tmp_path / "audio" / "a.wav"
-    assert resolve_audio_path(tmp_path, "audio/../b.wav") == tmp_path / "b.wav"
-    assert resolve_audio_path(tmp_path, "/music/a.wav").as_posix() == "/music/a.wav"
-
-
-@pytest.mark.parametrize("filename", ["../a.wav", "audio/../../a.wav", "..", "", " ", "a\0.wav"])
-def test_audio_paths_that_leave_the_dataset_or_are_malformed_are_refused(tmp_path, filename):
-    with pytest.raises(InputError):
-        resolve_audio_path(tmp_path / "set", filename)
-
-
-def test_a_neighbour_whose_name_starts_alike_is_outside_the_dataset(tmp_path):
-    with pytest.raises(InputError, match="leaves"):
-        resolve_audio_path(tmp_path / "set", "../set2/a.wav")
-
-
-ROOTS = ["/music/set", "memory://bucket/set", "/"]
-
-
-@pytest.mark.parametrize("root", ROOTS)
-@pytest.mark.parametrize(
-    ("filename", "name"),
-    [
-        ("a.wav", "a.wav"),
-        ("audio/a.wav", "audio/a.wav"),
-        ("./audio//x/../a.wav", "audio/a.wav"),
-        ("..a/...wav", "..a/...wav"),
-        (" a .wav ", " a .wav "),
-        ("two\nlines 🎵#?%20.wav", "two\nlines 🎵#?%20.wav"),
-        ("..\\a.wav", "..\\a.wav"),
-        ("a:b/c.wav", "a:b/c.wav"),
-    ],
-)
-def test_file_names_are_relative_to_the_root(root, filename, name):
-    file = locate_file(Store.at(root), filename)
-    assert (file.store, file.name) == (Store.at(root), name)
-    assert file.url == f"{root.rstrip('/')}/{name}"
-
-
-@pytest.mark.parametrize("root", ROOTS)
-def test_absolute_paths_and_urls_are_taken_as_they_are(root):
-    assert locate_file(Store.at(root), "/elsewhere/../a.wav").local_path == Path("/a.wav")
-    assert locate_file(Store.at(root), "memory://other/x/a.wav").url == "memory://other/x/a.wav"
-    assert locate_file(Store.at(root), "file:///x/a.wav").local_path == Path("/x/a.wav")
-
-
-@pytest.mark.parametrize("root", ROOTS)
-@pytest.mark.parametrize(
-    "filename",
-    [
-        "../a.wav",
-        "a/../../b.wav",
-        "..",
-        ".",
-        "a/..",
-        "",
-        " ",
-        "\n",
-        "a\0.wav",
-        "../set2/a.wav",
-        "nosuch://a/b.wav",
-        "s3://",
-    ],
-)
-def test_file_names_that_leave_the_root_or_are_malformed_are_refused(root, filename):
-    with pytest.raises(InputError):
-        locate_file(Store.at(root), filename)
-
-
-def test_symbolic_links_are_followed(tmp_path):
-    (tmp_path / "outside.wav").write_bytes(b"x")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "a.wav").symlink_to(tmp_path / "outside.wav")
-    assert locate_file(Store.at(tmp_path / "set"), "a.wav").read_bytes() == b"x"
-
-
-def test_a_dataset_directory_is_recognised(tmp_path):
-    save(rows("a"), tmp_path / "one")
-    save(DatasetDict(train=Dataset.from_list(rows("a"))), tmp_path / "splits")
-    (tmp_path / "songs").mkdir()
-    assert [is_dataset_dir(tmp_path / name) for name in ("one", "splits", "songs", "none")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
 
 
 def test_only_failures_of_storage_are_transient():

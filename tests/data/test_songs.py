@@ -13,8 +13,9 @@ from datasets import Audio, Dataset, DatasetDict
 
 from acestep_ray.config import PrepareConfig
 from acestep_ray.data import sources
+from acestep_ray.data.file_names import locate_file
 from acestep_ray.data.prepare import prepare_dataset
-from acestep_ray.data.schema import is_dataset_dir, locate_file, open_dataset, row_recaption
+from acestep_ray.data.schema import open_dataset, row_recaption
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
 from acestep_ray.storage import StorageError, Store, clients
@@ -398,7 +399,6 @@ def test_a_dataset_is_read_where_it_lies(place, tmp_path):
     Dataset.from_list([row("a"), row("b", tags=[])]).save_to_disk(tmp_path / "set")
     upload(tmp_path / "set", place)
     place.write_bytes("audio/a.wav", b"audio")
-    assert is_dataset_dir(place.url)
     table = SongTable.open(place.url)
     assert (table.root, table.keys, len(table), table.warnings) == (place, ["a", "b"], 2, [])
     assert table.row(1) == row("b", tags=[])

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from acestep_ray import cli
 from acestep_ray.config import PrepareConfig, TrainConfig
-from acestep_ray.data.schema import locate_file, open_dataset, row_recaption, row_tags
+from acestep_ray.data.file_names import locate_file
+from acestep_ray.data.schema import open_dataset, row_recaption, row_tags
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import merge_loras

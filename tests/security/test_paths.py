@@ -1,8 +1,8 @@
 """What a stranger's file names stays where the file is.
 
-Names in rows of a dataset are in tests/data/test_schema.py, in a table in tests/data/test_songs.py, of songs that are
-generated in tests/generation/test_requests.py, of files that are downloaded in tests/fetch/test_job.py, of adapters in
-tests/training/test_lora.py, and --exp_name in tests/training/test_job.py.
+Names in rows of a dataset are in tests/data/test_file_names.py, in a table in tests/data/test_songs.py, of songs that
+are generated in tests/generation/test_requests.py, of files that are downloaded in tests/fetch/test_job.py, of adapters
+in tests/training/test_lora.py, and --exp_name in tests/training/test_job.py.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import zeros
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.parts import find_rejects, find_rows
 from acestep_ray.cache.schema import MANIFEST
-from acestep_ray.data.dataset_folder import file_at
-from acestep_ray.data.schema import locate_file, open_dataset
+from acestep_ray.cache.stored import find_rejects, find_rows
+from acestep_ray.data.file_names import file_at, locate_file
+from acestep_ray.data.schema import open_dataset
 from acestep_ray.errors import InputError
 from acestep_ray.models.weights import weight_files
 from acestep_ray.storage import Store

@@ -21,9 +21,10 @@ from datasets import Dataset
 from ray.data.extensions import ArrowPythonObjectType  # from now on Arrow knows Ray's types, as in every job
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.parts import CacheDamagedError, find_rows, ledger_of_part
+from acestep_ray.cache.parts import CacheDamagedError, ledger_of_part
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import INDEX_SCHEMA, LEDGER_SCHEMA, MANIFEST
+from acestep_ray.cache.stored import find_rows
 from acestep_ray.cache.verify import verify_cache
 from acestep_ray.data.schema import open_dataset
 from acestep_ray.data.songs import SongTable

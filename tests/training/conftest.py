@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from acestep_ray.cache.encoding import Encoder
-from acestep_ray.cache.parts import claim_output_dir, store_rows
+from acestep_ray.cache.parts import store_rows
 from acestep_ray.cache.songs import DecodedSong, Recipe, Settings, Song
+from acestep_ray.cache.stored import claim_output_dir
 from acestep_ray.config import TrainConfig
 from acestep_ray.data.audio import to_training_audio
 from acestep_ray.models.checkpoint import CheckpointDir
@@ -27,6 +28,7 @@ from acestep_ray.training.settings import WorkerPlace, WorkerSettings
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints
 from acestep_ray.training.worker import train_worker
 from tests.cache.rows import finish
+from tests.cache.runs import encoded_row
 
 SECONDS = {"alpha": 4.0, "beta": 3.0, "gamma": 6.5}
 
@@ -50,7 +52,7 @@ def write_tiny_cache(checkpoint, tmp_path_factory):
     def write(*keys: str, broken: Sequence[str] = ()) -> Path:
         cache = Store.at(tmp_path_factory.mktemp("cache") / "cache")
         claim_output_dir(cache)
-        rows = {key: encoder.encode_song(melody(key)) for key in keys}
+        rows = {key: encoded_row(encoder, melody(key)) for key in keys}
         store_rows(cache, [with_nan(row) if key in broken else row for key, row in rows.items()])
         finish(cache, settings=asdict(settings))
         return cache.path

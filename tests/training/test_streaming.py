@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from acestep_ray.cache.decoding import decode_song, file_versions
 from acestep_ray.cache.encoding import Encoder
-from acestep_ray.cache.parts import claim_output_dir, store_rows
+from acestep_ray.cache.parts import store_rows
 from acestep_ray.cache.precompute import check_settings, make_recipe
 from acestep_ray.cache.reader import CacheReader
-from acestep_ray.cache.songs import DecodedSong, Recipe, Reject, Settings, Song
+from acestep_ray.cache.songs import DecodedSong, Recipe, Reject, Settings, Song, build_row
+from acestep_ray.cache.stored import claim_output_dir
 from acestep_ray.config import PrecomputeConfig, TrainConfig
 from acestep_ray.data.lyrics import LyricTokenizer, LyricTokens
 from acestep_ray.data.schema import RejectReason
@@ -112,9 +113,10 @@ def cache(config, checkpoint, tmp_path_factory) -> str:
     for row in table:
         song = Song.from_row(row)
         (decoded,) = decode_song(table.root, song, recipe, file_versions(table.root, song))
-        encoded = encoder.encode_song(decoded) if isinstance(decoded, DecodedSong) else decoded
-        if not isinstance(encoded, Reject):
-            store_rows(directory, [encoded])
+        if isinstance(decoded, DecodedSong):
+            (columns,) = encoder.encode([decoded])
+            if not isinstance(columns, Reject):
+                store_rows(directory, [build_row(decoded, columns, recipe)])
     finish(directory, settings=asdict(recipe.settings))
     return directory.url
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from acestep_ray.cache.parts import claim_output_dir, store_rows
+from acestep_ray.cache.parts import store_rows
+from acestep_ray.cache.stored import claim_output_dir
 from acestep_ray.storage import Store
 from tests.cache.rows import finish, song_row
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from functools import partial
 
@@ -10,24 +9,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from acestep_ray import cli
 from acestep_ray.cache import verify
-from acestep_ray.cache.index import CacheIndex
-from acestep_ray.cache.parts import CacheDamagedError, find_rows, store_rejects, store_rows
-from acestep_ray.cache.prune import prune_cache
+from acestep_ray.cache.parts import CacheDamagedError, store_rows
 from acestep_ray.cache.schema import (
     INDEX_SCHEMA,
     LEDGER_SCHEMA,
     REJECT_SCHEMA,
     SAMPLE_SCHEMA,
     table_from_bytes,
-    table_to_bytes,
 )
-from acestep_ray.cache.stats import cache_stats
+from acestep_ray.cache.stored import find_rows
 from acestep_ray.cache.verify import row_problems, verify_cache
-from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
 from acestep_ray.terminal import Progress
+from tests.cache.changes import file_of, overwrite, place_of, rewrite_manifest, rewrite_table, with_values
 from tests.cache.rows import SPEAKER_DIM, SSL_DIMS, TEXT_DIM, contents, finish, reject, song_row, write_rows
 
 MANIFEST = {
@@ -35,16 +30,6 @@ MANIFEST = {
     "text_dim": TEXT_DIM,
     "ssl": SSL_DIMS,
 }
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Store:
-    """Songs a to d in two parts, two of each."""
-    monkeypatch.setattr("acestep_ray.cache.parts.PART_ROWS", 2)
-    cache = Store.at(tmp_path / "cache")
-    for keys in ("ab", "cd"):
-        store_rows(cache, [song_row(key, speaker=key == "a") for key in keys])
-    return write_rows(cache, [], [reject("x"), reject("y", "silent")])
 
 
 def problems(cache: Store) -> list[str]:
@@ -55,46 +40,6 @@ def problems(cache: Store) -> list[str]:
     assert first == f"{len(lines)} things are wrong in the feature cache {cache.url}"
     assert last.startswith("  → delete the parts that are named and run `acestep-ray precompute` again")
     return [line.removeprefix("  - ") for line in lines]
-
-
-def file_of(cache: Store, prefix: str) -> str:
-    (name,) = [name for name in cache.names() if name.startswith(prefix)]
-    return name
-
-
-def place_of(cache: Store, key: str) -> tuple[str, int, int]:
-    index = CacheIndex.open(cache)
-    i = index.position(key)
-    return f"samples/{index.parts[index.part_numbers[i]]}", int(index.offsets[i]), int(index.lengths[i])
-
-
-def overwrite(cache: Store, name: str, start: int, content: bytes) -> None:
-    whole = bytearray(cache.read_bytes(name))
-    whole[start : start + len(content)] = content
-    cache.write_bytes(name, whole)
-
-
-def rewrite_table(cache: Store, prefix: str, schema: pa.Schema, change) -> None:
-    """Replace a table by a changed one whose name and manifest are right."""
-    name = file_of(cache, prefix)
-    content = table_to_bytes(change(table_from_bytes(cache.read_bytes(name), schema).cast(schema)))
-    new = f"{prefix}{verify.content_hash(content)}.parquet"
-    cache.delete([name])
-    cache.write_bytes(new, content)
-    rewrite_manifest(cache, **{re.match("[a-z]+", prefix)[0]: new})
-
-
-def rewrite_manifest(cache: Store, **values) -> None:
-    manifest = json.loads(cache.read_bytes("manifest.json"))
-    cache.write_bytes("manifest.json", json.dumps({**manifest, **values}).encode())
-
-
-def with_values(table: pa.Table, name: str, values: list) -> pa.Table:
-    i = table.schema.get_field_index(name)
-    return table.set_column(i, table.schema.field(i), pa.array(values, table.schema.field(i).type))
-
-
-# --- verify
 
 
 def test_a_whole_cache_passes_and_is_counted(cache):
@@ -304,154 +249,11 @@ def test_deleting_the_named_part_and_finishing_again_mends_the_cache(cache):
     assert verify_cache(cache.url).songs == 4
 
 
-# --- stats
-
-
-def test_stats_come_from_the_ledger_alone(tmp_path, monkeypatch):
-    rows = [
-        song_row("a", frames=100, duration_seconds=10.0, lyric_languages=["en", "en", "de"]),
-        song_row("b", frames=300, duration_seconds=30.0, lyric_ids=[], ssl=None),
-        song_row("c", frames=2584, duration_seconds=240.0, prompts=["x"], lyric_languages=["en"]),
-    ]
-    cache = write_rows(Store.at(tmp_path / "cache"), rows, [reject("x"), reject("y"), reject("z", "silent")])
-    (part,) = cache.names("samples")
-    cache.write_bytes(part, b"")
-    stats = cache_stats(cache.url)
-    assert (stats.songs, stats.parts, stats.seconds) == (3, 1, 280.0)
-    assert stats.lengths == [1, 1, 0, 0, 0, 0, 0, 1]
-    assert stats.languages == {"en": 2, "de": 1, "": 1}
-    assert stats.prompts == (1, pytest.approx(7 / 3), 3)
-    assert stats.rejects == {"missing": 2, "silent": 1}
-    assert sum(stats.group_bytes.values()) == stats.num_bytes
-    latents = sum(len(row["latents"][0].as_py()) for row in rows)
-    assert latents < stats.group_bytes["latents"] < latents + 500
-    ssl = sum(7 * frames * sum(SSL_DIMS.values()) for frames in (100, 2584))
-    assert ssl < stats.group_bytes["ssl"] < ssl + 1500
-    text = stats.render()
-    for line in (
-        "songs    3 in 1 parts, 0.1 h of audio",
-        f"latents    764 kB, {764e3 * 240 / 280 / 1000:.0f} kB for 240 s",
-        "210–240 s         1 ██",
-        "en                2",
-        "none              1",
-        "rejects  3",
-        "missing           2",
-    ):
-        assert line in text
-
-
-def test_stats_of_a_cache_without_songs(tmp_path):
-    cache = write_rows(Store.at(tmp_path / "cache"), [], [reject("x")])
-    assert "songs    0" in cache_stats(cache.url).render()
-
-
-def test_stats_need_a_whole_ledger(cache):
-    cache.write_bytes(file_of(cache, "ledger-"), b"")
-    with pytest.raises(InputError, match=r"ledger-.*cannot be read(?s:.*)cache verify"):
-        cache_stats(cache.url)
-
-
-# --- prune
-
-
-def test_prune_deletes_what_the_manifest_does_not_reach_and_nothing_else(cache):
-    before = contents(cache)
-    left = {
-        "index-0123456789abcdef.parquet",
-        "ledger-0123456789abcdef.parquet",
-        "samples/part-0123456789abcdef.parquet",
-        "rejects/part-0123456789abcdef.parquet",
-        ".incoming/attempts/decode-1",
-    }
-    others = {"README.md", "samples/notes.txt", "plots/part-1.parquet"}
-    for name in left | others:
-        cache.write_bytes(name, b"1234")
-    store_rows(cache, [song_row("e")])
-    store_rejects(cache, [reject("f")])
-    half = cache.path / f"samples/.{'a' * 32}.tmp"
-    half.write_bytes(b"PAR1")
-    everything = contents(cache)
-
-    listed = prune_cache(cache.url, dry_run=True)
-    assert contents(cache) == everything
-    assert half.exists()
-    incoming = {name for name in everything if name.startswith(".incoming/")}
-    assert len(incoming) == 4
-    assert set(listed.files) == left | incoming
-    assert listed.num_bytes == sum(len(everything[name]) for name in listed.files)
-    assert listed.render().startswith("would delete 8 files")
-    assert all(f"  {name}" in listed.render().splitlines() for name in left)
-
-    pruned = prune_cache(cache.url)
-    assert pruned.files == listed.files
-    assert pruned.render().startswith("deleted 8 files")
-    assert {name: content for name, content in contents(cache).items() if name not in others} == before
-    assert others < set(contents(cache))
-    assert not half.exists()
-    assert not (cache.path / ".incoming").exists()
-    assert verify_cache(cache.url).leftovers == 0
-    assert prune_cache(cache.url).files == []
-
-
-def test_prune_leaves_a_run_that_was_killed_before_its_first_commit_alone(tmp_path):
-    cache = Store.at(tmp_path / "cache")
-    store_rows(cache, [song_row("a")])
-    before = contents(cache)
-    with pytest.raises(InputError, match=r"not complete(?s:.*)precompute"):
-        prune_cache(cache.url)
-    assert contents(cache) == before
-
-
-def test_prune_touches_nothing_where_parts_are_missing_or_the_format_is_another(cache):
-    store_rows(cache, [song_row("e")])
-    (part, *_) = cache.names("samples")
-    content = cache.read_bytes(part)
-    cache.delete([part])
-    with pytest.raises(InputError, match="missing"):
-        prune_cache(cache.url)
-    cache.write_bytes(part, content)
-    rewrite_manifest(cache, format_version=1)
-    with pytest.raises(InputError, match="version 1"):
-        prune_cache(cache.url)
-    assert len(cache.names(".incoming")) == 2
-
-
-def test_prune_of_a_cache_without_songs(tmp_path):
-    cache = write_rows(Store.at(tmp_path / "cache"), [], [reject("x")])
-    before = contents(cache)
-    store_rows(cache, [song_row("e")])
-    assert len(prune_cache(cache.url).files) == 2
-    assert contents(cache) == before
-
-
-def test_maintenance_of_a_cache_in_object_storage(s3):
+def test_a_cache_in_object_storage_is_verified(s3):
     cache = write_rows(Store.at(s3.fresh()), [song_row(key) for key in "abc"], [reject("x")])
     store_rows(cache, [song_row("e")])
-    assert verify_cache(cache.url).songs == 3
-    assert cache_stats(cache.url).songs == 3
-    assert len(prune_cache(cache.url).files) == 2
-    assert verify_cache(cache.url).leftovers == 0
+    summary = verify_cache(cache.url)
+    assert (summary.songs, summary.leftovers) == (3, 2)
     (part,) = cache.names("samples")
     overwrite(cache, part, 500, bytes(20))
     assert problems(cache)[0].startswith(f"{part}: the song 'a' cannot be read")
-
-
-# --- the command
-
-
-def test_the_command_prints_summaries_and_exits_as_it_should(cache, capsys):
-    assert cli.main(["cache", "verify", cache.url]) == 0
-    assert "4 in 2 parts" in capsys.readouterr().out
-    assert cli.main(["cache", "stats", cache.url]) == 0
-    assert "210" not in capsys.readouterr().out
-    store_rows(cache, [song_row("e")])
-    assert cli.main(["cache", "prune", cache.url, "--dry-run"]) == 0
-    assert "would delete 2 files" in capsys.readouterr().out
-    assert len(cache.names(".incoming")) == 2
-    assert cli.main(["cache", "prune", cache.url]) == 0
-    assert "deleted 2 files" in capsys.readouterr().out
-    cache.delete([next(iter(cache.names("samples")))])
-    assert cli.main(["cache", "verify", cache.url]) == 1
-    assert "1 things are wrong" in capsys.readouterr().err
-    assert cli.main(["cache", "stats", f"{cache.url}/nowhere"]) == 2
-    assert "not a feature cache" in capsys.readouterr().err

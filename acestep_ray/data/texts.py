@@ -1,0 +1,91 @@
+"""Texts as users write them: files beside a song, cells of a table, names of files.
+
+A text that cannot be read is empty, and what is wrong with it goes to the list of problems, each with its origin: the
+file or table row that a message names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+from acestep_ray.storage import AccessDeniedError, StoredFile
+
+
+def read_text(file: StoredFile, origin: str, problems: list[str]) -> str:
+    """The cleaned text of a UTF-8 file; "" after a problem is noted."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
+        return ""
+    except OSError as error:
+        problems.append(f"{origin}: cannot be read ({error.strerror})")
+        return ""
+    except AccessDeniedError:
+        problems.append(f"{origin}: cannot be read (object storage denies access)")
+        return ""
+    if "\0" in text:
+        problems.append(f"{origin}: not UTF-8 text (it holds NUL bytes), save it as UTF-8")
+        return ""
+    return _clean(text)
+
+
+def text_of_cell(cell: Any, column: str, origin: str, problems: list[str]) -> str:
+    """The cleaned text of a cell, or of a number there; "" for None, and after a problem is noted."""
+    if cell is None:
+        return ""
+    if isinstance(cell, str) and is_unicode(cell):
+        return _clean(cell)
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return str(cell)
+    kind = "half of a surrogate pair" if isinstance(cell, str) else type(cell).__name__
+    problems.append(f"{origin}: {column} holds {kind}, not text")
+    return ""
+
+
+def _clean(text: str) -> str:
+    """Line ends as LF, no white space at the ends of lines, none at both ends of the text."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "\n".join(line.rstrip() for line in lines).strip()
+
+
+def split_tags(text: str) -> list[str]:
+    """Tags between commas or line ends; the full-width comma of Chinese and Japanese texts counts too."""
+    return [tag.strip() for tag in re.split(r"[,，\n]", text) if tag.strip()]
+
+
+def recaptions_of(recaption: Any, origin: str, problems: list[str]) -> dict[str, str]:
+    """Recaptions by name, blank ones dropped, from a dict or its JSON text."""
+    if isinstance(recaption, str) and recaption.strip():
+        try:
+            recaption = json.loads(recaption)
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{origin}: its recaption is not JSON ({error})")
+            return {}
+    if not recaption:
+        return {}
+    if not isinstance(recaption, dict):
+        problems.append(f"{origin}: its recaption is not an object of names and texts")
+        return {}
+    texts = {
+        name: text_of_cell(text, f"recaption {name!r}", origin, problems) for name, text in recaption.items()
+    }
+    return {name: text for name, text in texts.items() if text}
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a text can be written as UTF-8: names of files may be any bytes, and JSON may hold half characters."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(name: object) -> str:
+    """A file's name; one that is not UTF-8 in ASCII, since it could be neither stored nor printed."""
+    text = str(name)
+    return text if is_unicode(text) else os.fsencode(text).decode("ascii", "backslashreplace")
