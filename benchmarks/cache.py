@@ -18,7 +18,7 @@ import random
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,13 @@ def song_row(number: int, seconds: float) -> pa.Table:
         "is_last_window": True,
         "start_seconds": 0.0,
         "duration_seconds": seconds,
-        "latents": draws.bytes(8 * 16 * frames * 2),
+        "latents": draws.standard_normal((8, 16, frames)).astype(np.float16).tobytes(),
         "latent_frames": frames,
         "prompts": [{"source": "tags", "text": "pop, slow, female voice, piano"}] * PROMPTS,
-        "text_embeddings": [draws.bytes(PROMPT_TOKENS * TEXT_DIM * 2) for _ in range(PROMPTS)],
+        "text_embeddings": [
+            draws.standard_normal((PROMPT_TOKENS, TEXT_DIM)).astype(np.float16).tobytes()
+            for _ in range(PROMPTS)
+        ],
         "text_dim": TEXT_DIM,
         "lyric_ids": draws.integers(1, 6000, 1000).tolist(),
         "lyric_languages": ["en"] * 40,
@@ -131,13 +134,14 @@ def song_row(number: int, seconds: float) -> pa.Table:
     return pa.Table.from_pylist([row], schema=SAMPLE_SCHEMA)
 
 
-def write_cache(folder: Path, songs: int, seconds: float) -> float:
-    """Write a cache of so many songs; returns the seconds that storing them took."""
+def write_cache(folder: Path, songs: int, seconds: float | Sequence[float]) -> float:
+    """Write a cache of so many songs of one length, or each of its own; returns the seconds that storing them took."""
     cache = Store.at(folder)
     claim_output_dir(cache)
     took = 0.0
+    lengths = [seconds] * songs if isinstance(seconds, int | float) else seconds
     for first in range(0, songs, SONGS_PER_PART):
-        rows = [song_row(i, seconds) for i in range(first, min(first + SONGS_PER_PART, songs))]
+        rows = [song_row(i, lengths[i]) for i in range(first, min(first + SONGS_PER_PART, songs))]
         started = time.perf_counter()
         store_rows(cache, rows)
         took += time.perf_counter() - started
