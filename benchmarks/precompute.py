@@ -53,6 +53,8 @@ VARIANTS = {
     "together": {},
     "two": {"encoder_workers": 2},
     "three": {"encoder_workers": 3},
+    "five": {"encoder_workers": 5},
+    "six": {"encoder_workers": 6},
     "apart": {"separate_encoders": True},
 }
 
