@@ -18,6 +18,8 @@ from acestep_ray.training.batch import Draws, build_batch, counter_seed, song_no
 NOISE_LEVELS = 8
 QUARTERS = 4
 SONGS = 8
+# Latent frames (240 s) of a pass over several noise levels of a song: one short song leaves a GPU waiting for the host.
+MOST_FRAMES = 2_600
 FIXED_NOISE, VALIDATION = "fixed_noise", "validation"
 """Names of the loss: over songs that are trained on, and over held-out songs."""
 
@@ -68,11 +70,15 @@ def fixed_noise_losses(
             usable[place] = 1
         elif is_mine:
             say(f"warning: {song.key} is left out of the validation: its features are not finite")
-        for level in range(NOISE_LEVELS):
-            batch = build_batch([song], [validation_draws(song, sigmas, level)], ssl_stride=1, with_ssl=False)
+        # Collective passes have to be as many on every worker, whatever the songs' lengths.
+        at_once = 1 if together else max(1, MOST_FRAMES // song.latents.shape[-1])
+        for first in range(0, NOISE_LEVELS, at_once):
+            levels = range(first, min(first + at_once, NOISE_LEVELS))
+            draws = [validation_draws(song, sigmas, level) for level in levels]
+            batch = build_batch([song] * len(draws), draws, ssl_stride=1, with_ssl=False)
             loss = flow_matching_losses(transformer, batch.to(device)).denoising
             if counts:
-                losses[place, level] = loss[0]
+                losses[place, levels] = loss.double()
     if workers > 1:
         torch.distributed.all_reduce(losses)
         torch.distributed.all_reduce(usable)

@@ -41,7 +41,7 @@ from acestep_ray.tuning.trainable import TrialActor
 from acestep_ray.tuning.trial import TrialPlan
 
 if TYPE_CHECKING:
-    from acestep_ray.tuning.shared_base import SharedBaseHost
+    from acestep_ray.tuning.host import SharedBaseHost
 
 VALIDATIONS = 8
 """Of a trial, where the settings do not say."""
@@ -135,7 +135,6 @@ class Search:
             self.space,
             self.records,
             trials=self.config.trials,
-            at_once=reserved.at_once,
             first=self.space.nearest(default_params(self.base, self.lora)),
             seed=self.config.seed,
             start=runs.start_trial,
@@ -169,6 +168,7 @@ class Search:
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=left,
+                max_concurrent_trials=reserved.at_once,  # without it, Tune starts one actor after another
                 reuse_actors=True,  # a trial's process has loaded its libraries for the next one
             ),
             run_config=ray_tune.RunConfig(
@@ -240,7 +240,7 @@ def start_hosts(plan: TrialPlan, reserved: Reserved) -> list[ActorHandle[SharedB
     """The actors that hold a shared base model each."""
     if not reserved.hosts:
         return []
-    from acestep_ray.tuning.shared_base import SharedBaseHost
+    from acestep_ray.tuning.host import SharedBaseHost
 
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     hosts = []

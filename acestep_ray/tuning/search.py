@@ -31,7 +31,6 @@ class TrialSearch(Searcher):
         records: Records,
         *,
         trials: int,
-        at_once: int,
         first: Params,
         seed: int,
         start: Callable[[TrialRecord], Any],
@@ -43,17 +42,15 @@ class TrialSearch(Searcher):
         """
         super().__init__(metric=OBJECTIVE, mode="min")
         self.space, self.records, self.optuna = space, records, optuna
-        self.trials, self.at_once, self.first, self.seed, self.start = trials, at_once, first, seed, start
+        self.trials, self.first, self.seed, self.start = trials, first, seed, start
         self.unfinished = [record for record in records if not record.is_over]
         self.running: dict[str, str] = {}
         """Name of the trial by Tune's id."""
 
     def suggest(  # type: ignore[override]  # `Searcher.FINISHED` is a text, which Ray's own type leaves out
         self, trial_id: str
-    ) -> dict[str, Any] | str | None:
-        """The configuration of the next trial; None while enough are running."""
-        if len(self.running) >= self.at_once:
-            return None
+    ) -> dict[str, Any] | str:
+        """The configuration of the next trial."""
         record = self._next()
         if record is None:
             return Searcher.FINISHED

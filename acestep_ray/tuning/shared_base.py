@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +13,9 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.quantised import QuantisedLinear
 from acestep_ray.models.transformer import ACEStepTransformer
-from acestep_ray.tracking import MLflowRun
 from acestep_ray.training.initial_lora import initial_loras, load_lora
 from acestep_ray.training.lora import add_lora
 from acestep_ray.training.model import UNQUANTISED, fuse_passes, store_frozen
-from acestep_ray.tuning.loop import Measured, SteppedLoop, Turns
-from acestep_ray.tuning.space import Params
-from acestep_ray.tuning.trial import TrialPlan, start_loop
 
 
 class SharedBase:
@@ -75,45 +70,3 @@ def _put_on(model: nn.Module, base: nn.Module) -> None:
             mine.base_layer = layer
         else:
             setattr(model, name, layer)
-
-
-class SharedBaseHost:
-    """An actor that holds the base model and runs trials on it, in turns of a step each; trials call it from theirs.
-
-    A trial whose own actor is lost and started again takes its place over.
-    """
-
-    def __init__(self, seats: int):
-        """`seats` trials run at a time."""
-        self.seats = seats
-        self.base: SharedBase | None = None
-        self.turns = Turns()
-        self.loops: dict[str, SteppedLoop] = {}
-        # Held by whoever changes the above.
-        self.lock = threading.Lock()
-
-    def start(self, plan: TrialPlan, name: str, params: Params, mlflow_run: MLflowRun | None) -> bool:
-        """Begin or take over a trial; False where no seat is free. The first one loads the base model."""
-        self.leave(name)
-        with self.lock:
-            if len(self.loops) >= self.seats:
-                return False
-            device = torch.device("cuda" if plan.use_gpu else "cpu")
-            if self.base is None:
-                self.base = SharedBase(plan.config, device)
-            self.loops[name] = start_loop(
-                plan, name, params, mlflow_run, device, build=self.base.build, turns=self.turns
-            )
-            return True
-
-    def next(self, name: str) -> tuple[Measured | None, dict[str, Any] | None]:
-        """What the trial's next validation measures, or None and what the run returned."""
-        loop = self.loops[name]
-        return loop.next(), loop.outcome
-
-    def leave(self, name: str) -> None:
-        """End a trial and free its seat."""
-        with self.lock:
-            loop = self.loops.pop(name, None)
-        if loop is not None:
-            loop.stop()

@@ -20,7 +20,7 @@ from acestep_ray.tuning.loop import Measured, SteppedLoop
 
 if TYPE_CHECKING:
     from acestep_ray.tracking import MLflowRun
-    from acestep_ray.tuning.shared_base import SharedBaseHost
+    from acestep_ray.tuning.host import SharedBaseHost
     from acestep_ray.tuning.space import Params
     from acestep_ray.tuning.train_run import TrainRun
     from acestep_ray.tuning.trial import TrialPlan

@@ -7,6 +7,7 @@ import torch
 
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.diffusion.schedule import training_sigmas
+from acestep_ray.training import validation
 from acestep_ray.training.validation import (
     NOISE_LEVELS,
     fixed_noise_losses,
@@ -31,6 +32,22 @@ def test_two_values_of_the_same_model_are_equal_and_of_another_differ(checkpoint
     with torch.no_grad():
         next(transformer.parameters()).add_(0.05)
     assert fixed_noise_losses(transformer, reader.read, range(3), SIGMAS, "cpu") != losses
+
+
+@pytest.mark.parametrize(("most_frames", "passes"), [(1, 8), (90, 4), (150, 3), (1000, 1)])
+def test_noise_levels_of_a_short_song_share_passes_and_have_the_losses_of_each_alone(
+    checkpoint, reader, monkeypatch, most_frames, passes
+):
+    transformer = checkpoint.load_transformer().eval()
+    frames = reader.read(0).latents.shape[-1]
+    assert (90 // frames, 150 // frames) == (2, 3)
+    alone = fixed_noise_losses(transformer, reader.read, [0], SIGMAS, "cpu", together=True)
+    sizes = []
+    transformer.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    monkeypatch.setattr(validation, "MOST_FRAMES", most_frames)
+    assert fixed_noise_losses(transformer, reader.read, [0], SIGMAS, "cpu") == pytest.approx(alone, rel=1e-5)
+    assert len(sizes) == passes
+    assert sum(sizes) == NOISE_LEVELS
 
 
 def test_noise_levels_fall_and_are_spread_like_those_of_training(reader):

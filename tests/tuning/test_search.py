@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
@@ -34,12 +34,11 @@ FIRST = {
 }
 
 
-def search_in(folder, trials=6, at_once=100, space=SPACE, **options) -> TrialSearch:
+def search_in(folder, trials=6, space=SPACE, **options) -> TrialSearch:
     return TrialSearch(
         space,
         Records(folder),
         trials=trials,
-        at_once=at_once,
         first=FIRST,
         seed=3,
         start=lambda record: None,
@@ -81,13 +80,15 @@ def test_an_interrupted_search_goes_on_with_what_is_unfinished_and_draws_what_it
     assert again.suggest("other-4") == Searcher.FINISHED
 
 
-def test_no_more_trials_run_than_there_is_room_for(tmp_path):
-    search = search_in(tmp_path, at_once=2)
+def test_no_more_trials_run_than_tune_has_room_for(tmp_path):
+    search = ConcurrencyLimiter(search_in(tmp_path, trials=3), max_concurrent=2)
     assert search.suggest("a")["name"] == "trial-0000"
     assert search.suggest("b")["name"] == "trial-0001"
     assert search.suggest("c") is None
     search.on_trial_complete("a", {})
     assert search.suggest("c")["name"] == "trial-0002"
+    search.on_trial_complete("b", {})
+    assert search.suggest("d") == Searcher.FINISHED
 
 
 def test_a_space_of_few_values_is_searched_once(tmp_path):

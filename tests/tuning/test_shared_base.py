@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,8 +19,9 @@ from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.model import build_transformer
 from acestep_ray.training.state import OPTIMIZER_FILE, WEIGHTS_FILE, Checkpoints
 from acestep_ray.tuning import trainable
+from acestep_ray.tuning.host import SharedBaseHost
 from acestep_ray.tuning.loop import Turns
-from acestep_ray.tuning.shared_base import SharedBase, SharedBaseHost
+from acestep_ray.tuning.shared_base import SharedBase
 from acestep_ray.tuning.trial import TrialPlan, start_loop, trial_settings
 
 CPU = torch.device("cpu")
@@ -45,6 +48,15 @@ def test_a_trial_takes_the_host_that_is_left_when_others_are_lost_with_their_nod
     assert trainable.HostedLoop(None, [*lost, left], "trial-0000", {}, None).host is left
     with pytest.raises(RuntimeError, match="all shared base models are lost"):
         trainable.HostedLoop(None, lost, "trial-0000", {}, None)
+
+
+def test_a_trials_own_process_loads_no_torch_for_the_handle_of_its_host():
+    # A handle brings its actor's class, and with it the module that this is in.
+    code = (
+        "import sys, acestep_ray.tuning.trainable, acestep_ray.tuning.host;"
+        "print([m for m in ('torch', 'peft', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 TRIALS = {
