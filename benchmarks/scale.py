@@ -1,20 +1,24 @@
 """Precompute and training's reading at sizes that no machine here has: up to a million made songs and 64 logical nodes.
 
     python benchmarks/scale.py
-    python benchmarks/scale.py --sections precompute --songs 1000,4000 --nodes 0,8,32 --speedup 20
+    python benchmarks/scale.py --sections precompute --songs 1000,4000 --nodes 0 --speedup 20
+    python benchmarks/scale.py --sections precompute --songs 300 --nodes 8,16 --rate 4
     python benchmarks/scale.py --sections inputs,sampler --songs 1000,10000,100000,1000000 --json scale.json
 
 `precompute` runs the real graph; its decoders and encoders sleep for the times that were measured (RESULTS.md), divided
-by `--speedup`. A node is a Ray node of its own with 2 CPUs and a GPU that are only numbers, and one process decodes for
-the nine cores that a GPU asks for; 0 nodes are one node in all. `inputs` opens tables and folders, and runs precompute
-over what a killed run has left of so many songs, and over the cache that comes of it: everything but the graph.
-`sampler` and `loader` are what a worker of training does before and between its steps. Every case has a process of its
-own, whose memory is told as its largest resident size.
+by `--speedup`. A node is a Ray node of its own with CPUs and a GPU that are only numbers, and one process decodes for
+the nine cores that a GPU asks for; 0 nodes are one node in all. `of_sleeping` is the share of the time that encoders
+sleep. It is true where `--speedup` is below 0.3: Ray Data looks every 0.1 s for what has ended, which the one decoder
+waits for after every task, as nine would in turn. Above it, only CPU time counts. `inputs` opens tables and folders,
+and runs precompute over what a killed run has left of so many songs, and over the cache that comes of it: everything
+but the graph. `sampler` and `loader` are what a worker of training does before and between its steps. Every case has a
+process of its own, whose memory is told as its largest resident size.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -26,8 +30,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,14 @@ import psutil
 SECTIONS = ("precompute", "inputs", "sampler", "loader")
 # Of a 240 s song (RESULTS.md): of one core, of which a GPU asks for nine, and of an H100.
 DECODE_SECONDS, ENCODE_SECONDS = 0.7 / 9, 0.088
+# An encoder, what decodes for nine, some planning and storing, and a CPU to spare: where a part of one is left on a
+# node, Ray Data counts it as nothing, and with two a decoder finds no place.
+CPUS_OF_NODE = 3
+# Processes that a node keeps while they have nothing to do. Ray ends those beyond its CPUs after a second, and starting
+# them again takes seconds of a core; a GPU's share of a real host has ten CPUs or more.
+WORKERS_OF_NODE = 10
+# Several agents of Ray start with each node, and a node gives up where they take long.
+_CORES_PER_START = 4
 WORKERS = 64
 MEGABYTE = 1e6
 
@@ -83,15 +96,12 @@ def in_process(measure: Callable[..., dict], *arguments: Any) -> dict[str, Any]:
 
 
 class Watch:
-    """Samples processes of this machine's Ray and its object store, while the block runs."""
+    """What processes of this machine's Ray take, and its object store, while the block runs."""
 
     def __init__(self) -> None:
         self.store_bytes = 0.0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._sample, daemon=True)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.memory: dict[str, float] = defaultdict(float)
-        self.count: dict[str, int] = defaultdict(int)
 
     def __enter__(self) -> Watch:
         self.thread.start()
@@ -100,18 +110,6 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
-        for process in psutil.Process().children(recursive=True):
-            try:
-                title = " ".join(process.cmdline())
-                kind = next((kind for kind in ("gcs_server", "raylet", "Attempts") if kind in title), None)
-                kind = "raylet" if process.name() == "raylet" else "worker" if kind == "raylet" else kind
-                times = process.cpu_times()
-                kind = kind or ("worker" if title.startswith("ray::") else "other")
-                self.seconds[kind] += times.user + times.system
-                self.memory[kind] += process.memory_full_info().uss / MEGABYTE
-                self.count[kind] += 1
-            except psutil.Error:
-                continue
 
     def _sample(self) -> None:
         import ray
@@ -122,11 +120,108 @@ class Watch:
             self.store_bytes = max(self.store_bytes, held)
 
 
-def measure_graph(work: str, songs: int, nodes: int, speedup: float, wave_mb: float) -> dict[str, Any]:
-    """One run of precompute over a table of songs, from nothing to a cache."""
+@dataclass(frozen=True)
+class Receipt:
+    """When so many songs are stored, and maybe the CPU time that each process has taken until then."""
+
+    time: float
+    songs: int
+    taken: dict[psutil.Process, float] | None
+
+
+def processes_of_ray() -> dict[psutil.Process, str]:
+    """This process, and those of Ray, which it has started, each with its kind."""
+    kinds = {psutil.Process(): "driver"}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            title, name = " ".join(process.cmdline()), process.name()
+            if name in ("raylet", "gcs_server"):
+                kinds[process] = {"raylet": "raylets", "gcs_server": "gcs"}[name]
+            elif title.startswith("ray::"):
+                known = (kind for kind in ("Attempts", "Agent") if kind in title)
+                kinds[process] = {"Attempts": "attempts", "Agent": "agents"}.get(next(known, ""), "workers")
+            else:
+                kinds[process] = "other"
+    return kinds
+
+
+def cpu_seconds() -> dict[psutil.Process, float]:
+    """CPU time that each of these processes has taken."""
+    seconds = {}
+    for process in processes_of_ray():
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            seconds[process] = times.user + times.system
+    return seconds
+
+
+def memory_mb() -> dict[str, float]:
+    """Memory of each kind of process that it shares with no other, and how many workers there are."""
+    memory: dict[str, float] = defaultdict(float)
+    for process, kind in processes_of_ray().items():
+        with contextlib.suppress(psutil.Error):
+            memory[f"{kind}_mb"] += process.memory_full_info().uss / MEGABYTE
+            memory["workers"] += kind == "workers"
+    return memory
+
+
+@contextmanager
+def cluster_of(nodes: int, environment: dict[str, str]) -> Iterator[None]:
+    """A cluster of so many nodes on this machine, and its head, which this process is the driver of."""
     import ray
+    from ray._private.node import Node
     from ray.cluster_utils import Cluster
-    from simulated import SONGS_PER_FILE, Simulation, write_table
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    head = {
+        "num_cpus": 0,
+        "include_dashboard": False,
+        "object_store_memory": 300_000_000,
+        "_system_config": {
+            "num_workers_soft_limit": WORKERS_OF_NODE,
+            # Those would be without the stand-ins, and take memory for nothing.
+            "prestart_worker_first_driver": False,
+        },
+    }
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    sockets = cluster.head_node._sockets_dir
+    # Only a main thread may set signals. What ends the nodes is below.
+    Node._register_shutdown_hooks = lambda node: None
+
+    def add_node(number: int) -> None:
+        cluster.add_node(
+            wait=False,
+            num_cpus=CPUS_OF_NODE,
+            num_gpus=1,
+            object_store_memory=1_000_000_000 if nodes == 1 else 150_000_000,
+            # Ray would count up, which several threads cannot do at a time.
+            raylet_socket_name=f"{sockets}/raylet-{number}",
+            plasma_store_socket_name=f"{sockets}/store-{number}",
+        )
+
+    try:
+        # A node ends with the thread that has started it.
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // _CORES_PER_START)) as pool:
+            list(pool.map(add_node, range(nodes)))
+            cluster.wait_for_nodes(timeout=120)
+            ray.init(
+                address=cluster.address,
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env={"env_vars": environment, "worker_process_setup_hook": "simulated.sleep_instead"},
+            )
+            yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def measure_graph(work: str, songs: int, nodes: int, speedup: float, wave_mb: float) -> dict[str, Any]:
+    """One run of precompute over a table of songs, from nothing to a cache.
+
+    Rates and CPU time are those between a fifth and nine tenths of the songs.
+    """
+    from simulated import Simulation, write_table
 
     from acestep_ray.cache import commit, graph, precompute
     from acestep_ray.config import PrecomputeConfig
@@ -136,33 +231,24 @@ def measure_graph(work: str, songs: int, nodes: int, speedup: float, wave_mb: fl
     write_table(table, songs)
     # The files of songs of 8 MB are not joined; these few bytes would be.
     commit.PART_BYTES = 1
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    store = 1_000_000_000 if not nodes else 150_000_000
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 300_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    # The object store of a node is as much smaller than a real one as the songs are.
+    graph._BYTES_PER_SECOND = simulation.wave_bytes / 240
+    figures: dict[str, Any] = {"songs": songs, "nodes": nodes, "speedup": round(speedup, 4)}
     count = max(nodes, 1)
-    for _ in range(count):
-        cluster.add_node(wait=False, num_cpus=2, num_gpus=1, object_store_memory=store)
-    cluster.wait_for_nodes()
-    ray.init(
-        address=cluster.address,
-        log_to_driver=False,
-        logging_level="error",
-        runtime_env={
-            "env_vars": simulation.environment(),
-            "worker_process_setup_hook": "simulated.sleep_instead",
-        },
-    )
-    figures: dict[str, Any] = {"songs": songs, "nodes": nodes, "speedup": speedup}
     timed_calls(figures, precompute, "check_complete", "plan_commit", "commit")
     timed_calls(figures, graph.Graph, "_write_lists")
-    receipts: list[float] = []
+    receipts: list[Receipt] = []
     run = graph.Graph.run
 
     def noted(*arguments):
-        for receipt in run(*arguments):
-            receipts.append(time.perf_counter())
-            yield receipt
+        stored = 0
+        for ledger, rejects in run(*arguments):
+            is_first = stored < songs / 5 <= stored + len(ledger)
+            is_last = stored < songs * 0.9 <= stored + len(ledger)
+            stored += len(ledger)
+            taken = cpu_seconds() if is_first or is_last else None
+            receipts.append(Receipt(time.perf_counter(), stored, taken))
+            yield ledger, rejects
 
     graph.Graph.run = noted
     config = PrecomputeConfig(
@@ -173,30 +259,33 @@ def measure_graph(work: str, songs: int, nodes: int, speedup: float, wave_mb: fl
         encoder_workers=count,
         decode_workers=count,
     )
-    me = psutil.Process()
-    before, started = me.cpu_times(), time.perf_counter()
-    with Watch() as watch:
-        summary = precompute.precompute(config)
-        wall, after = time.perf_counter() - started, me.cpu_times()
+    began = time.perf_counter()
+    with cluster_of(count, simulation.environment()):
+        started = time.perf_counter()
+        with Watch() as watch:
+            summary = precompute.precompute(config)
+            ended = time.perf_counter()
+        kinds, memory = processes_of_ray(), memory_mb()
     assert summary.samples == songs
-    ray.shutdown()
-    cluster.shutdown()
-    first, last = len(receipts) // 5, int(len(receipts) * 0.9)
-    rate = (last - first) * SONGS_PER_FILE / max(receipts[last] - receipts[first], 1e-9)
-    driver = after.user + after.system - before.user - before.system
+    first, last = (receipt for receipt in receipts if receipt.taken is not None)
+    steady, counted = last.time - first.time, last.songs - first.songs
+    seconds: dict[str, float] = defaultdict(float)
+    for process in last.taken.keys() & kinds.keys():
+        seconds[kinds[process]] += last.taken[process] - first.taken.get(process, 0)
+    names = ("driver", "gcs", "attempts", "raylets", "agents", "workers")
     return figures | {
-        "wall_s": round(wall, 1),
-        "first_receipt_s": round(receipts[0] - started, 1),
-        "songs_s": round(rate, 1),
-        "of_sleeping": round(rate * simulation.encode_seconds / count, 2),
-        "driver_ms_a_song": round(1000 * driver / songs, 2),
-        "gcs_ms_a_song": round(1000 * watch.seconds["gcs_server"] / songs, 2),
-        "attempts_ms_a_song": round(1000 * watch.seconds["Attempts"] / songs, 2),
-        "raylets_ms_a_song": round(1000 * watch.seconds["raylet"] / songs, 2),
-        "workers_ms_a_song": round(1000 * watch.seconds["worker"] / songs, 2),
-        "gcs_mb": round(watch.memory["gcs_server"]),
+        "start_nodes_s": round(started - began, 1),
+        "first_receipt_s": round(receipts[0].time - started, 1),
+        "steady_s": round(steady, 1),
+        "wall_s": round(ended - started, 1),
+        "songs_s": round(counted / steady, 1),
+        "of_sleeping": round(counted / steady * simulation.encode_seconds / count, 2),
+        **{f"{name}_ms_a_song": round(1000 * seconds[name] / counted, 2) for name in names},
+        "cores_busy": round(sum(seconds.values()) / steady, 1),
+        "gcs_mb": round(memory["gcs_mb"]),
+        "ray_mb": round(sum(memory[name] for name in memory if name.endswith("_mb"))),
         "object_store_mb": round(watch.store_bytes / MEGABYTE, 1),
-        "workers": watch.count["worker"],
+        "workers": round(memory["workers"]),
     }
 
 
@@ -384,6 +473,9 @@ def main() -> None:
     parser.add_argument(
         "--speedup", type=float, default=20, help="how much faster than real workers these are"
     )
+    parser.add_argument(
+        "--rate", type=float, help="songs a second that all encoders together have time for; for `--speedup`"
+    )
     parser.add_argument("--wave_mb", type=float, default=0.01, help="of a decoded song; a real one has 92")
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
@@ -411,7 +503,10 @@ def main() -> None:
         for songs in sizes:
             if "precompute" in sections:
                 for nodes in map(int, arguments.nodes.split(",")):
-                    note("precompute", measure_graph, songs, nodes, arguments.speedup, arguments.wave_mb)
+                    speedup = arguments.speedup
+                    if arguments.rate is not None:
+                        speedup = arguments.rate * ENCODE_SECONDS / max(nodes, 1)
+                    note("precompute", measure_graph, songs, nodes, speedup, arguments.wave_mb)
             if {"inputs", "sampler"} & set(sections):
                 note("inputs", measure_table, songs)
                 was_killed = songs <= arguments.killed_songs
