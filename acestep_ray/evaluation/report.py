@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from acestep_ray.drawn_text import literal
 from acestep_ray.evaluation.nearest import CHANCE, Nearest
 from acestep_ray.evaluation.scores import (
     ClipScore,
@@ -245,7 +246,7 @@ def draw_losses(scores: Sequence[ModelScore]) -> Figure:
     quantiles = [(level + 0.5) / NOISE_LEVELS for level in range(NOISE_LEVELS)]
     for score in scores:
         if score.losses is not None:
-            axes.plot(quantiles, score.losses, marker="o", markersize=4, label=score.label)
+            axes.plot(quantiles, score.losses, marker="o", markersize=4, label=literal(score.label))
     axes.set(xlabel="quantile of training's noise levels, the noisiest first", ylabel="denoising loss")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -263,10 +264,10 @@ def draw_distances(scores: Sequence[ModelScore], encoder: str) -> Figure:
         if found is None:
             continue
         if found.low is None or found.high is None:
-            axes.axhline(found.distance, linestyle=":", label=f"{score.label} (no FAD∞)")
+            axes.axhline(found.distance, linestyle=":", label=f"{literal(score.label)} (no FAD∞)")
             continue
         x, y = zip(*found.points, strict=True)
-        (line,) = axes.plot(x, y, "o", markersize=4, label=score.label)
+        (line,) = axes.plot(x, y, "o", markersize=4, label=literal(score.label))
         axes.plot(
             [0, max(x)], np.polyval(np.polyfit(x, y, 1), [0, max(x)]), color=line.get_color(), alpha=0.6
         )

@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from acestep_ray.drawn_text import literal, with_fonts
 from acestep_ray.generation.audio import write_audio as write_audio
 from acestep_ray.models.codec import MEL_FRAMES_PER_LATENT, SAMPLE_RATE, MusicCodec
 from acestep_ray.models.mel import N_MELS
@@ -64,6 +65,8 @@ def write_mel_picture(file: Path | IO[bytes], waveform: np.ndarray, title: str) 
     axes = figure.subplots()
     seconds = len(mono) / SAMPLE_RATE
     image = axes.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 128), cmap="magma")
-    axes.set(title=title, xlabel="seconds", ylabel="mel band, 40 Hz to 16 kHz")
+    title, families = with_fonts(title)
+    axes.set_title(literal(title), fontfamily=families)
+    axes.set(xlabel="seconds", ylabel="mel band, 40 Hz to 16 kHz")
     figure.colorbar(image, label="log10 magnitude")
     figure.savefig(file, format="png", dpi=120)

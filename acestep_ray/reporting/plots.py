@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from acestep_ray.drawn_text import literal
 from acestep_ray.reporting.curves import Curve
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def draw_norms(norms: Mapping[str, Mapping[int, float]]) -> Figure:
     """Norms of what a LoRA adds to the weights: a line for each kind of module, a point for each block."""
     figure, axes = _axes(_WIDE, "What the LoRA adds to each weight")
     for name, by_block in norms.items():
-        axes.plot(list(by_block), list(by_block.values()), marker="o", markersize=3, label=name)
+        axes.plot(list(by_block), list(by_block.values()), marker="o", markersize=3, label=literal(name))
     axes.set(xlabel="block of the transformer", ylabel="Frobenius norm")
     axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize="small", ncols=2)

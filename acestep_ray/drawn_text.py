@@ -1,0 +1,33 @@
+"""Texts of users on matplotlib's figures: names, prompts and keys may hold any character."""
+
+from __future__ import annotations
+
+
+def literal(text: str) -> str:
+    """The text as matplotlib draws it letter by letter; between two `$` it would read a formula, or fail to."""
+    return text.replace("$", r"\$")
+
+
+def with_fonts(text: str) -> tuple[str, list[str]]:
+    """The text without characters that no font here has, and the families of those that have the others."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    families = list(rcParams["font.family"])
+
+    def missing_in(path: str) -> set[str]:
+        font = get_font(path)
+        return {character for character in missing if not font.get_char_index(ord(character))}
+
+    missing = {character for character in text if not character.isspace()}
+    missing = missing_in(findfont(FontProperties()))
+    for entry in fontManager.ttflist:
+        if "Last Resort" in entry.name:  # comes with matplotlib, and has a box for every character
+            continue
+        if not missing:
+            break
+        left = missing_in(entry.fname)
+        if left != missing:
+            families.append(entry.name)
+            missing = left
+    return "".join(character for character in text if character not in missing), families
