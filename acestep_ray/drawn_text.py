@@ -16,7 +16,10 @@ def with_fonts(text: str) -> tuple[str, list[str]]:
     families = list(rcParams["font.family"])
 
     def missing_in(path: str) -> set[str]:
-        font = get_font(path)
+        try:
+            font = get_font(path)
+        except (OSError, RuntimeError):  # damaged, or gone since matplotlib made its list
+            return missing
         return {character for character in missing if not font.get_char_index(ord(character))}
 
     missing = {character for character in text if not character.isspace()}

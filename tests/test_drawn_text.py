@@ -41,9 +41,15 @@ def test_the_font_that_has_a_character_is_used_beside_the_usual_one(monkeypatch)
             return int(chr(code) in self.characters)
 
     fonts = {"usual": Font("abc"), "other": Font("xyz"), "chinese": Font("纸飞")}
-    entries = [font_manager.FontEntry(fname=name, name=name.title()) for name in fonts]
+    entries = [font_manager.FontEntry(fname=name, name=name.title()) for name in ("gone", *fonts)]
+
+    def get_font(name):
+        if name not in fonts:
+            raise FileNotFoundError(name)
+        return fonts[name]
+
     monkeypatch.setattr(font_manager, "findfont", lambda properties: "usual")
-    monkeypatch.setattr(font_manager, "get_font", fonts.__getitem__)
+    monkeypatch.setattr(font_manager, "get_font", get_font)
     monkeypatch.setattr(font_manager.fontManager, "ttflist", entries)
     assert with_fonts("a 纸飞机") == ("a 纸飞", ["sans-serif", "Chinese"])
 
