@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from acestep_ray.errors import InputError
 
@@ -28,3 +32,29 @@ def resolve_device(name: str) -> torch.device:
 def gpu_memory() -> int:
     """Bytes of memory of this process's first GPU, used or not; 0 without one."""
     return 0 if not torch.cuda.is_available() else torch.cuda.get_device_properties(0).total_memory
+
+
+def small_tensor(values: Any, device: torch.device | str) -> Tensor:
+    """`torch.tensor(values)` on the device, without waiting for what the device has to do before."""
+    if torch.device(device).type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what this thread gave it. Others may have the core until then.
+
+    Where a value is read, CUDA waits too, and keeps a core busy with looking.
+    """
+    if device.type == "cuda":
+        done = torch.cuda.Event(blocking=True)
+        done.record(torch.cuda.current_stream(device))
+        done.synchronize()
+
+
+def read_back(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in this process's memory; the device is waited for once, for all of them."""
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    for device in {tensor.device for tensor in tensors}:
+        wait_for(device)
+    return copies

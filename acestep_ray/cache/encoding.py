@@ -5,8 +5,8 @@ A song that cannot be encoded becomes a `Reject` with its reason. A fault that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from acestep_ray.cache.songs import (
 )
 from acestep_ray.data.prompts import PromptVariant, prompt_variants
 from acestep_ray.data.schema import RejectReason
+from acestep_ray.device import read_back, wait_for
 
 if TYPE_CHECKING:
     from acestep_ray.data.lyrics import LyricTokenizer
@@ -107,7 +108,7 @@ class Encoder:
     def _encode_together(self, songs: Sequence[DecodedSong]) -> list[dict[str, Any] | Reject]:
         waves, prompts = [song.wave for song in songs], [self._prompts(song.song) for song in songs]
         try:
-            columns = [self._columns(features) for features in self._features(waves, prompts)]
+            features = self._features(waves, prompts)
         except torch.OutOfMemoryError:
             if len(songs) == 1:
                 raise
@@ -122,6 +123,7 @@ class Encoder:
             self._features([noise], [[PromptVariant("tags", "music")]])
             message = f"{type(error).__name__}: {first_line(error)}"
             return [songs[0].reject(self.recipe, RejectReason.ENCODER, message)]
+        columns = [song.columns(its_prompts) for song, its_prompts in zip(features, prompts, strict=True)]
         return [
             decoded.reject(self.recipe, RejectReason.ENCODER, "an encoder gave values that are not finite")
             if song_columns is None
@@ -138,26 +140,35 @@ class Encoder:
     @torch.inference_mode()
     def _features(
         self, waves: Sequence[np.ndarray], prompts: Sequence[Sequence[PromptVariant]]
-    ) -> list[dict[str, Any]]:
-        """Of each song, on the device: latents float16 (8, 16, W), prompts with a float16 (T, D) each, and float32
-        (F, dim) by SSL model.
+    ) -> list[_Features]:
+        """Of each song, in this process's memory.
+
+        What waits for the device comes late: the prompts' lengths, the codec, which may have to go back to float32, and
+        reading all of it.
         """
-        features: list[dict[str, Any]] = [{} for _ in waves]
+        features = [_Features() for _ in waves]
+        stride = self.recipe.settings.ssl_frame_stride
+        audio, lengths = torch.empty(0), torch.tensor([wave.shape[1] for wave in waves])
         if self.codec is not None or self.ssl_encoders is not None:
-            lengths = torch.tensor([wave.shape[1] for wave in waves])
             audio = self._upload(waves, int(lengths.max()))
-            if self.codec is not None:
-                latents, frames = self.codec.encode(audio, lengths)
-                for song, song_latents, n in zip(features, latents, frames.tolist(), strict=True):
-                    song["latents"] = song_latents[..., :n].half()
-            for name, encoder in (self.ssl_encoders or {}).items():
-                songs = [wave[:, :n] for wave, n in zip(audio, lengths.tolist(), strict=True)]
-                for song, directions in zip(features, encoder.encode_batch(songs), strict=True):
-                    song.setdefault("ssl", {})[name] = directions
+        for name, encoder in (self.ssl_encoders or {}).items():
+            songs = [wave[:, :n] for wave, n in zip(audio, lengths.tolist(), strict=True)]
+            for song, directions in zip(features, encoder.encode_batch(songs), strict=True):
+                song.ssl_frames[name] = len(directions)
+                song.ssl[name] = quantise_directions(directions[::stride])
+                song.is_finite.append(torch.isfinite(directions).all())
         if self.text_encoder is not None:
-            embedded = _embed(prompts, self.text_encoder)
-            for song, song_prompts, embeddings in zip(features, prompts, embedded, strict=True):
-                song["prompts"], song["text_embeddings"] = song_prompts, embeddings
+            for song, embeddings in zip(features, _embed(prompts, self.text_encoder), strict=True):
+                song.texts = embeddings
+                song.is_finite += [torch.isfinite(embedding).all() for embedding in embeddings]
+        if self.codec is not None:
+            latents, frames = self.codec.encode(audio, lengths)
+            for song, song_latents, n in zip(features, latents, frames.tolist(), strict=True):
+                song.latents = song_latents[..., :n].half()
+                song.is_finite.append(torch.isfinite(song.latents).all())
+        here = iter(read_back([tensor for song in features for tensor in song.tensors()]))
+        for song in features:
+            song.take(here)
         return features
 
     def _upload(self, waves: Sequence[np.ndarray], samples: int) -> torch.Tensor:
@@ -169,31 +180,55 @@ class Encoder:
             row[:, wave.shape[1] :] = 0
         return host.to(self.device, non_blocking=True)
 
-    def _columns(self, features: dict[str, Any]) -> dict[str, Any] | None:
-        """Features as values of `SAMPLE_SCHEMA`, or None where one is not finite."""
-        embeddings, ssl = features.get("text_embeddings", []), features.get("ssl", {})
-        tensors = [*([features["latents"]] if "latents" in features else []), *embeddings, *ssl.values()]
-        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+
+@dataclass
+class _Features:
+    """What the models make of a song; models that are another encoder's part leave theirs empty."""
+
+    latents: torch.Tensor | None = None
+    """float16 (8, 16, W)."""
+    texts: list[torch.Tensor] = field(default_factory=list)
+    """By prompt, float16 (T, D)."""
+    ssl: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By model, int8 (frames that are kept, dim)."""
+    ssl_frames: dict[str, int] = field(default_factory=dict)
+    """By model, how many it gave."""
+    is_finite: list[torch.Tensor] = field(default_factory=list)
+    """Bools () of what the models gave."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, in the order in which `take` takes them."""
+        latents = [] if self.latents is None else [self.latents]
+        return [*latents, *self.texts, *self.ssl.values(), *self.is_finite]
+
+    def take(self, tensors: Iterator[torch.Tensor]) -> None:
+        """Others in their places."""
+        self.latents = None if self.latents is None else next(tensors)
+        self.texts = [next(tensors) for _ in self.texts]
+        self.ssl = {name: next(tensors) for name in self.ssl}
+        self.is_finite = [next(tensors) for _ in self.is_finite]
+
+    def columns(self, prompts: Sequence[PromptVariant]) -> dict[str, Any] | None:
+        """As values of `SAMPLE_SCHEMA`, or None where one is not finite."""
+        if not all(self.is_finite):
             return None
         columns: dict[str, Any] = {}
-        if "latents" in features:
-            columns["latents"] = _to_bytes(features["latents"])
-            columns["latent_frames"] = features["latents"].shape[-1]
-        if embeddings:
-            columns["prompts"] = [asdict(prompt) for prompt in features["prompts"]]
-            columns["text_embeddings"] = [_to_bytes(embedding) for embedding in embeddings]
-            columns["text_dim"] = embeddings[0].shape[1]
-        if ssl:
+        if self.latents is not None:
+            columns["latents"] = _to_bytes(self.latents)
+            columns["latent_frames"] = self.latents.shape[-1]
+        if self.texts:
+            columns["prompts"] = [asdict(prompt) for prompt in prompts]
+            columns["text_embeddings"] = [_to_bytes(embedding) for embedding in self.texts]
+            columns["text_dim"] = self.texts[0].shape[1]
+        if self.ssl:
             columns["ssl"] = [
                 {
                     "name": name,
-                    "frames": len(song_features),
-                    "dim": song_features.shape[1],
-                    "directions": _to_bytes(
-                        quantise_directions(song_features[:: self.recipe.settings.ssl_frame_stride])
-                    ),
+                    "frames": self.ssl_frames[name],
+                    "dim": directions.shape[1],
+                    "directions": _to_bytes(directions),
                 }
-                for name, song_features in ssl.items()
+                for name, directions in self.ssl.items()
             ]
         return columns
 
@@ -215,6 +250,7 @@ def _embed(prompts: Sequence[Sequence[PromptVariant]], text_encoder: TextEncoder
     embeddings: list[torch.Tensor] = []
     for start in range(0, len(texts), _PROMPTS_PER_PASS):
         hidden, mask = text_encoder.encode(texts[start : start + _PROMPTS_PER_PASS])
+        wait_for(mask.device)
         tokens = mask.sum(dim=1).int().tolist()
         embeddings += [prompt[:n].half() for prompt, n in zip(hidden, tokens, strict=True)]
     remaining = iter(embeddings)
@@ -222,4 +258,4 @@ def _embed(prompts: Sequence[Sequence[PromptVariant]], text_encoder: TextEncoder
 
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:
-    return array_to_bytes(tensor.cpu().numpy())
+    return array_to_bytes(tensor.numpy())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchaudio.transforms import Resample
 
+from acestep_ray.device import small_tensor, wait_for
 from acestep_ray.errors import InputError
 from acestep_ray.models.latent_encoder import encode_mel
 from acestep_ray.models.mel import HOP_LENGTH, MEL_SAMPLE_RATE, LogMelSpectrogram
@@ -98,7 +99,7 @@ class MusicCodec(nn.Module):
     def encode(
         self, waves: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Waves (B, 2, N) and valid samples (B,) → latents (B, 8, 16, W) and valid latent frames (B,) int64.
+        """Waves (B, 2, N) and valid samples (B,) → latents (B, 8, 16, W) and, on the CPU, valid frames (B,) int64.
 
         One pass for all songs; a song's latents do not depend on its batch. A song's last latent frame may reach past
         its valid ones, as far as its zero-padded wave does; what follows is zero.
@@ -113,7 +114,7 @@ class MusicCodec(nn.Module):
             columns = torch.arange(latents.shape[-1], device=self.device)
             inside = columns < frames[:, None, None, None] // MEL_FRAMES_PER_LATENT
             latents = torch.where(inside, latents, 0)
-        return latents, torch.tensor([latent_frames(n) for n in samples], device=self.device)
+        return latents, torch.tensor([latent_frames(n) for n in samples])
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, num_samples: int | None = None) -> torch.Tensor:
@@ -150,7 +151,7 @@ class MusicCodec(nn.Module):
         padded = [n + -n % _SAMPLES_PER_LATENT for n in resampled]
         waves = self.to_mel_rate(waves)
         waves = _cut(F.pad(waves, (0, max(padded) - waves.shape[-1])), resampled)
-        lengths = torch.tensor(padded, device=self.device)
+        lengths = small_tensor(padded, self.device)
         return self.mel(waves, lengths), lengths // HOP_LENGTH
 
     def mel_to_latents(self, mel: torch.Tensor, frames: torch.Tensor | None = None) -> torch.Tensor:
@@ -164,6 +165,7 @@ class MusicCodec(nn.Module):
         else:
             latents = encode_mel(self.half_encoder, normalised, frames).float()
             finite = latents.isfinite().flatten(1).all(dim=1)
+            wait_for(finite.device)
             if not finite.all():
                 broken = (~finite).nonzero()[:, 0]
                 latents[broken] = encode_mel(
@@ -208,7 +210,7 @@ class MusicCodec(nn.Module):
 def _cut(waves: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """Waves (B, 2, n) with zeros past each song's length."""
     columns = torch.arange(waves.shape[-1], device=waves.device)
-    return torch.where(columns < torch.tensor(lengths, device=waves.device)[:, None, None], waves, 0)
+    return torch.where(columns < small_tensor(lengths, waves.device)[:, None, None], waves, 0)
 
 
 def _window_starts(length: int, window: int, stride: int) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from acestep_ray.device import small_tensor
 from acestep_ray.errors import InputError
 from acestep_ray.models.hubert import HubertFeatures
 from acestep_ray.models.resample import Resampler
@@ -126,7 +127,7 @@ class SSLEncoder(nn.Module):
         )
         waves = self.resample(mono)
         samples = [self.resample.length(song.shape[-1]) for song in songs]
-        lengths = torch.tensor(samples, device=device)[:, None]
+        lengths = small_tensor(samples, device)[:, None]
         inside = torch.arange(waves.shape[1], device=device) < lengths
         # Resampling reaches past a song's end.
         mean = torch.where(inside, waves, 0).sum(dim=1, keepdim=True) / lengths

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from acestep_ray.device import small_tensor
 from acestep_ray.errors import InputError
 from acestep_ray.models.weights import FIX, build_on_meta, load_weights, read_json
 
@@ -72,8 +73,8 @@ class TextEncoder(nn.Module):
         """
         encodings = self.tokenizer.encode_batch(texts)
         device = self.model.shared.weight.device
-        ids = torch.tensor([encoding.ids for encoding in encodings], device=device)
-        mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=device)
+        ids = small_tensor([encoding.ids for encoding in encodings], device)
+        mask = small_tensor([encoding.attention_mask for encoding in encodings], device)
         embeddings = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         mask = mask.to(embeddings.dtype)
         return embeddings * mask[..., None], mask
