@@ -7,8 +7,9 @@
 A step is forward, backward, clipping and AdamW over one batch, SSL losses on, 64 prompt and 512 lyric tokens a song. A
 case is SONGSxSECONDS; `mixed` is songs of 3 to 240 s, each length as likely, in batches under a budget of frames. The
 paths: `plain` is the one that the others are tested against, `fused` the one that trains on a GPU, `float8` with
-products of frozen weights in float8, `int8` and `nf4` with quantised frozen weights; `+` recomputes activations. The
-reference is the original trainer's step for one song on one H100 80 GB, which runs the frozen models each time too.
+products of frozen weights in float8, `int8` and `nf4` with quantised frozen weights; `+` recomputes activations. Small
+batches are CUDA graphs there, as in training; `launched` is `fused` without them. The reference is the original's step
+for one song on one H100 80 GB, which runs the frozen models each time too.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from acestep_ray.training.lora import add_lora
 from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.model import fuse_passes, store_frozen
 from acestep_ray.training.optim import build_optimizer, clip_gradients, set_learning_rate
+from acestep_ray.training.passes import MAX_FRAMES, CapturedPasses
 from acestep_ray.training.sampler import BatchPlan
 from acestep_ray.training.throughput import peak_flops
 
@@ -55,7 +57,8 @@ COLUMNS = (
 DEFAULT_CASES = {
     "plain": ("1x240", "4x240"),
     "plain+": ("1x240",),
-    "fused": ("1x30", "1x240", "4x240", "8x240", "32x30", "64x30", MIXED),
+    "launched": ("1x30", "1x240", "2x240"),
+    "fused": ("1x30", "1x240", "2x240", "4x240", "8x240", "32x30", "64x30", MIXED),
     "fused+": ("1x240", "8x240"),
     "float8": ("8x240", "32x30"),
     "int8+": ("1x240",),
@@ -129,25 +132,39 @@ def build_model(config: TransformerConfig, path: str, device: torch.device) -> A
 class Steps:
     """Training steps of one model."""
 
-    def __init__(self, model: ACEStepTransformer, device: torch.device):
+    def __init__(self, model: ACEStepTransformer, device: torch.device, *, captured: bool):
         self.model, self.device = model, device
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.trained, weight_decay=0.01)
         set_learning_rate(self.optimizer, 1e-5)
+        self.model.draws_in_blocks = False
+        self.captured = CapturedPasses(self.losses, self.trained, print) if captured else None
 
-    def losses(self, batch: TrainingBatch) -> Tensor:
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """The loss of each song, (B,)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return flow_matching_losses(self.model, batch).total(1.0)
+            return {"loss": flow_matching_losses(self.model, batch).total(1.0)}
 
     def __call__(self, batch: TrainingBatch) -> Tensor:
         """One step; returns the loss."""
-        loss = self.losses(batch).mean()
-        loss.backward()
+        loss = self.add_gradients(batch)
         clip_gradients(self.trained, 0.5)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    def add_gradients(self, batch: TrainingBatch) -> Tensor:
+        """Forward and backward pass of the mean, which is returned."""
+        if self.captured is not None and batch.frame_mask.numel() <= MAX_FRAMES:
+            self.captured.begin()
+            return self.captured(batch, 1 / len(batch.sigmas))["loss"].mean()
+        loss = self.losses(batch)["loss"].mean()
+        loss.backward()
+        return loss.detach()
+
+    def bytes_of_graphs(self) -> int:
+        """GPU memory that is counted as nobody's."""
+        return 0 if self.captured is None else self.captured.bytes
 
     def seconds(self, batches: Sequence[TrainingBatch], rounds: int) -> tuple[float, float]:
         """Seconds of a round of steps over `batches`, and of that what the host took to start them."""
@@ -191,7 +208,9 @@ def measure(steps: Steps, case: str, rounds: int) -> dict:
         "times_realtime": round(audio / took),
         "tflops": round(flops / took / 1e12, 1),
         "mfu": None if peak is None else round(flops / took / peak, 3),
-        "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_gpu else None,
+        "memory_gb": round((torch.cuda.max_memory_allocated() + steps.bytes_of_graphs()) / 1e9, 1)
+        if on_gpu
+        else None,
         "loss_is_finite": bool(torch.isfinite(loss)),
         "times_original": times_original(case, took),
     }
@@ -227,14 +246,47 @@ def losses_by_path(config: TransformerConfig, paths: Sequence[str], device: torc
     """The loss of the same four songs with the same weights."""
     found = {}
     for path in paths:
-        steps = Steps(build_model(config, path, device), device)
+        steps = Steps(build_model(config, path, device), device, captured=False)
         torch.manual_seed(1)
         batch = random_batch(config, 4, 120, device)
         with torch.no_grad():
-            found[path] = steps.losses(batch).mean().item()
+            found[path] = steps.losses(batch)["loss"].mean().item()
         del steps
         free(device)
     return found
+
+
+def errors_of_graphs(config: TransformerConfig, device: torch.device) -> dict[str, float]:
+    """What CUDA graphs, used twice, make of the loss and of all gradients together, against launched kernels.
+
+    Songs are shorter than what is recorded, which is filled up. Beside it two launches of the same, which differ where
+    sums have no fixed order.
+    """
+    steps = Steps(build_model(config, "fused", device), device, captured=True)
+    assert steps.captured is not None
+    torch.manual_seed(2)
+    batches = [
+        random_batch(config, 2, [118.0, 97.0], device),
+        random_batch(config, 2, [116.0, 120.0], device),
+    ]
+    found = {}
+    for name, passes in (("graphs", steps.captured), ("launched", None), ("again", None)):
+        steps.captured = passes
+        for batch in batches:
+            for _ in range(1 if passes is None else 3):
+                steps.optimizer.zero_grad(set_to_none=True)
+                loss = steps.add_gradients(batch)
+        grads = torch.cat([p.grad.flatten() for p in steps.trained if p.grad is not None]).double()
+        found[name] = grads.clone(), loss.double()
+    wanted, wanted_loss = found["launched"]
+    return {
+        f"{name}_{what}": error.item()
+        for name in ("graphs", "again")
+        for what, error in (
+            ("gradients", (found[name][0] - wanted).norm() / wanted.norm()),
+            ("loss", (found[name][1] / wanted_loss - 1).abs()),
+        )
+    }
 
 
 def free(device: torch.device) -> None:
@@ -256,12 +308,15 @@ def run_cases(
     rows = []
     show({column: column for column in COLUMNS})
     for path, names in cases.items():
-        steps = Steps(build_model(config, path, device), device)
+        captured = device.type == "cuda" and not path.startswith(("plain", "launched"))
+        steps = Steps(build_model(config, path, device), device, captured=captured)
         for case in names:
             try:
                 row = measure(steps, case, rounds)
             except torch.OutOfMemoryError:
                 row = {"step_ms": "no memory"}
+            if steps.captured is not None:  # those of the next case need the memory
+                steps.captured.forget()
             rows.append({"path": path, "case": case, **row})
             show(rows[-1])
             free(device)
@@ -300,6 +355,11 @@ def main() -> None:
     losses = losses_by_path(config, list(cases), device)
     print("losses of the same songs and weights:", {path: round(loss, 5) for path, loss in losses.items()})
     report = {"chip": chip, "torch": torch.__version__, "rows": rows, "losses": losses}
+    if device.type == "cuda":
+        report["errors_of_graphs"] = errors_of_graphs(config, device)
+        print(
+            "graphs against launched kernels:", {k: f"{v:.1e}" for k, v in report["errors_of_graphs"].items()}
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     failed = False

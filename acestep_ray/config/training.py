@@ -52,6 +52,7 @@ class TrainConfig:
             "precision",
             "fused",
             "float8",
+            "cuda_graphs",
             "quantize_base",
             "activation_checkpointing",
             "cpu_offload",
@@ -129,6 +130,9 @@ class TrainConfig:
     float8: bool = False
     """With a LoRA, on a GPU of the H100's generation or later: products with frozen weights in float8, which is faster
     and changes the numbers slightly."""
+    cuda_graphs: bool = True
+    """With a LoRA, on one GPU, in small batches: record the passes and start their kernels together; the GPU then does
+    not wait for the host."""
     gradient_clip_val: float = 0.5
     """Largest norm of the gradient, or with `gradient_clip_algorithm: value` its largest element."""
     gradient_clip_algorithm: str = "norm"
@@ -227,6 +231,7 @@ class TuneConfig(TrainConfig):
             "precision",
             "fused",
             "float8",
+            "cuda_graphs",
             "quantize_base",
             "activation_checkpointing",
         ),

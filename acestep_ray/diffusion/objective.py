@@ -61,13 +61,25 @@ class TrainingBatch:
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The same batch on `device`; copies from pinned memory do not block."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> TrainingBatch:
         """The same batch in pinned memory."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order in which `map` comes to them."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
+        """The same batch with every tensor changed."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         ssl = {

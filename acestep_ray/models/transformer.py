@@ -239,6 +239,9 @@ class ACEStepTransformer(nn.Module):
         self.config = config
         self.activation_checkpointing = 0.0
         """Share of the blocks, evenly spread, whose activations are computed again in the backward pass."""
+        self.draws_in_blocks = True
+        """Whether blocks may draw from torch's random numbers, as LoRA's dropout does: where they are computed again,
+        the generator is then read and set, which waits for the device."""
         self.prepare: Callable[..., tuple[Any, ...]] | None = None
         """What `fused.fuse` brings before its blocks."""
         dim = config.inner_dim
@@ -329,7 +332,10 @@ class ACEStepTransformer(nn.Module):
         taps: dict[int, Tensor] = {}
         for depth, block in enumerate(self.transformer_blocks):
             if self._recomputes(depth) and torch.is_grad_enabled():
-                x = recompute(block, x, frame_mask, block_time, condition, angles, use_reentrant=False)
+                x = recompute(
+                    block, x, frame_mask, block_time, condition, angles,
+                    use_reentrant=False, preserve_rng_state=self.draws_in_blocks,
+                )  # fmt: skip
             else:
                 x = block(x, frame_mask, block_time, condition, angles)
             if with_ssl and depth in self.config.ssl_encoder_depths:

@@ -93,6 +93,11 @@ class BatchPlan:
         first = step * self.micro_batches_per_step
         return [self._micro_batch(first + i) for i in range(self.micro_batches_per_step)]
 
+    @property
+    def most_frames(self) -> int:
+        """Latent frames, padding included, of a micro-batch at most."""
+        return self.batch_frames or self.batch_size * int(self.frames.max())
+
     def steps_in_epochs(self, epochs: int) -> int:
         """Steps that begin within the first `epochs` epochs."""
         micro_batches = self._start(epochs)

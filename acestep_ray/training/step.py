@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from acestep_ray.diffusion.objective import SampleLosses, TrainingBatch, flow_matching_losses
 from acestep_ray.models.flops import Lengths, Trained, model_flops
+from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.training.batch import counter_seed
 from acestep_ray.training.model import AUTOCAST_DTYPES, is_sharded, share_among_workers
 from acestep_ray.training.optim import (
@@ -23,6 +24,7 @@ from acestep_ray.training.optim import (
     set_learning_rate,
     step_if,
 )
+from acestep_ray.training.passes import MAX_FRAMES, CapturedPasses, NamedLosses, Passes
 from acestep_ray.training.progress import Votes
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
 from acestep_ray.training.settings import WorkerPlace, WorkerSettings
@@ -44,11 +46,18 @@ class StepOutcome:
 class Learner:
     """One worker's model and optimizer."""
 
-    def __init__(self, settings: WorkerSettings, place: WorkerPlace, plan: BatchPlan):
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        place: WorkerPlace,
+        plan: BatchPlan,
+        say: Callable[[str], None] = print,
+    ):
         self.settings, self.config = settings, settings.config
         self.place, self.plan = place, plan
         self.rank, self.workers, self.device = place.rank, place.workers, place.device
         self.transformer = place.build(self.config, settings.lora, self.device)
+        self.transformer.draws_in_blocks = has_dropout(self.transformer.transformer_blocks)
         self.model = share_among_workers(
             self.transformer,
             self.config,
@@ -63,6 +72,12 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "16-mixed")
         self.counted_as_trained = Trained.of(self.transformer)
         self.votes = Votes()
+        self.captured = (
+            CapturedPasses(self.losses_of, self.trained, say)
+            if can_capture(self.transformer, settings, place, plan)
+            else None
+        )
+        """Where all batches are small, their passes as CUDA graphs."""
 
     def share(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step that are this worker's."""
@@ -92,6 +107,21 @@ class Learner:
         self, step: int, batches: list[TrainingBatch], songs_in_step: int
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Backward passes over the micro-batches; the sums of their songs' losses, and which of these are finite."""
+        try:
+            return self._accumulate_gradients(step, batches, songs_in_step)
+        except torch.OutOfMemoryError:
+            if self.captured is None or not self.captured.release():
+                raise
+        # From the start: some of the gradients may have been added.
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._accumulate_gradients(step, batches, songs_in_step)
+
+    def _accumulate_gradients(
+        self, step: int, batches: list[TrainingBatch], songs_in_step: int
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        if self.captured is not None:
+            self.captured.begin()
+        add_gradients: Passes = self.captured or self.add_gradients
         real = len(self.share(step))
         sums: dict[str, Tensor] = {}
         finite = []
@@ -99,18 +129,27 @@ class Learner:
             # PEFT's dropout draws from torch's own stream, which then follows from the step as all else does.
             place_in_step = self.rank + number * self.workers
             torch.manual_seed(counter_seed("dropout", self.config.seed, step, place_in_step))
+            # A mean over all songs of the step, whoever holds them; the workers' gradients are averaged.
+            share = self.workers / songs_in_step if number < real else 0.0
             with self.sync_gradients(number == len(batches) - 1):
-                with self.autocast():
-                    losses = flow_matching_losses(self.model, batch.to(self.device))
-                total = losses.total(self.config.ssl_coeff)
-                # A mean over all songs of the step, whoever holds them; the workers' gradients are averaged.
-                share = self.workers / songs_in_step if number < real else 0.0
-                self.scaler.scale(total.sum() * share).backward()
+                losses = add_gradients(batch.to(self.device), share)
             if number < real:
-                finite.append(torch.isfinite(total.detach()))
-                for name, values in named_losses(losses, total).items():
-                    sums[name] = sums.get(name, 0.0) + values.detach().sum()
+                finite.append(torch.isfinite(losses["loss"]))
+                for name, values in losses.items():
+                    sums[name] = sums.get(name, 0.0) + values.sum()
         return sums, finite
+
+    def add_gradients(self, batch: TrainingBatch, share: float) -> NamedLosses:
+        """As `Passes`, every kernel launched by itself."""
+        losses = self.losses_of(batch)
+        self.scaler.scale(losses["loss"].sum() * share).backward()
+        return {name: values.detach() for name, values in losses.items()}
+
+    def losses_of(self, batch: TrainingBatch) -> NamedLosses:
+        """A forward pass, in mixed precision where it was asked for."""
+        with self.autocast():
+            losses = flow_matching_losses(self.model, batch)
+        return named_losses(losses, losses.total(self.config.ssl_coeff))
 
     def count_flops(self, step: int, batches: list[TrainingBatch]) -> float:
         """Useful operations of this worker's part of a step: of its songs without their padding."""
@@ -178,7 +217,28 @@ class Learner:
         return contextlib.nullcontext()
 
 
-def named_losses(losses: SampleLosses, total: Tensor) -> dict[str, Tensor]:
+def can_capture(
+    transformer: ACEStepTransformer, settings: WorkerSettings, place: WorkerPlace, plan: BatchPlan
+) -> bool:
+    """Whether the passes of this run can be CUDA graphs, and go faster so.
+
+    Those of a LoRA on fused blocks can, on one worker. Large batches keep a GPU busy without, and need the memory.
+    """
+    config = settings.config
+    if not config.cuda_graphs or settings.lora is None or transformer.prepare is None:
+        return False
+    if place.workers > 1 or plan.most_frames > MAX_FRAMES:
+        return False
+    # Computing a block again with its draws means to read and to set torch's generator, which waits for the GPU.
+    return not (transformer.draws_in_blocks and config.activation_checkpointing > 0)
+
+
+def has_dropout(blocks: nn.Module) -> bool:
+    """Whether a LoRA drops some of its inputs; the model itself draws from counters."""
+    return any(isinstance(layer, nn.Dropout) for layer in blocks.modules())
+
+
+def named_losses(losses: SampleLosses, total: Tensor) -> NamedLosses:
     """The losses of each song, (B,), by the names that they are logged under."""
     ssl = {f"loss/{name}": values for name, values in losses.ssl.items()}
     return {"loss": total, "loss/denoising": losses.denoising, **ssl}

@@ -124,13 +124,13 @@ class Throughput:
         self.audio_seconds += audio_seconds
         self.flops = self.flops + flops
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, bytes_of_graphs: int = 0) -> dict[str, float]:
         """The figures by name since the last call; empty if there was no step.
 
         Call it where the steps are known to be done, after their losses were read from the device. Rates are those of
         all workers; audio seconds a second are "times real time"; MFU is the share of the peak of bfloat16, whatever
         the precision, and is left out where the peak is unknown. The share of time spent waiting for data, and memory
-        (1e9 bytes), are this worker's.
+        (1e9 bytes), with `bytes_of_graphs` that are counted as nobody's, are this worker's.
         """
         if not self.steps:
             return {}
@@ -142,7 +142,7 @@ class Throughput:
             TIMES_REAL_TIME: self.audio_seconds / elapsed,
             "throughput/tflops": flops / 1e12,
             "throughput/data_wait": self.waited / elapsed,
-            "memory/allocated_gb": peak_memory(self.device) / 1e9,
+            "memory/allocated_gb": (peak_memory(self.device) + bytes_of_graphs) / 1e9,
         }
         if self.peak is not None:
             figures["throughput/mfu"] = flops / self.peak

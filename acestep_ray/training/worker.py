@@ -81,7 +81,8 @@ class Trainer:
         self.report = report
         self.source = open_source(settings, place)
         self.plan = build_plan(self.source.latent_frames, config, settings.held_out)
-        self.learner = Learner(settings, place, self.plan)
+        self.progress = Progress(settings.total_steps, say)
+        self.learner = Learner(settings, place, self.plan, self.progress.say)
         self.sigmas = training_sigmas(config.shift)
         self.dropout = ConditionDropout(config.text_dropout, config.speaker_dropout, config.lyric_dropout)
         self.throughput = Throughput(self.device, self.workers, peak=peak_flops(self.device))
@@ -94,7 +95,6 @@ class Trainer:
         """By step, which songs of each of this worker's micro-batches have a finite loss, (B,) bool."""
         self.skipped_in_a_row = 0
         self.saved_before_preemption = self.saved_before_leaving = False
-        self.progress = Progress(settings.total_steps, say)
 
     def resume(self) -> TrainingState:
         """Go on from the latest checkpoint of this experiment, else from where the settings say."""
@@ -228,7 +228,9 @@ class Trainer:
             self.tell_of_skipped(step, values)
         speed: dict[str, float] = {}
         if metrics:  # what the GPU had to do for them is done
-            speed = self.throughput.metrics()
+            speed = self.throughput.metrics(
+                0 if self.learner.captured is None else self.learner.captured.bytes
+            )
             metrics[max(metrics)].update(speed)
         self.unlogged, self.finite = {}, {}
         if self.tracker is not None:
