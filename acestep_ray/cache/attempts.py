@@ -1,4 +1,7 @@
-"""How often a song was begun: one that ends the process which works on it would be tried without end."""
+"""What a run knows of its processes: how often a song was begun, and which actors hold models.
+
+A song that ends the process which works on it would be tried without end.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 MAX_ATTEMPTS = 3
 """Ray Data retries without end what a dead worker was doing."""
@@ -18,6 +22,7 @@ class Attempts:
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.holders: list[Any] = []
 
     def begin(self, stage: str, keys: list[str]) -> int:
         """The number of this attempt, counted from 1, of that of the songs which was tried most often."""
@@ -27,6 +32,32 @@ class Attempts:
     def end(self, stage: str, keys: list[str]) -> None:
         for key in keys:
             self.counts.pop((stage, key), None)
+
+    def join(self, actor: Any) -> None:
+        """Take the handle of an actor that holds models."""
+        self.holders.append(actor)
+
+    def holding(self) -> list[Any]:
+        """The handles of all that have joined."""
+        return self.holders
+
+
+def join_run(attempts: Any) -> None:
+    """Let `end_holders` end the actor that this runs in, if it runs in one."""
+    context = ray.get_runtime_context()
+    if context.get_actor_id() is not None:
+        attempts.join.remote(context.current_actor)
+
+
+def end_holders(attempts: Any) -> None:
+    """End the actors that hold models.
+
+    Ray Data leaves that to the collection of garbage, which may not come as long as an error of the run is kept; the
+    next run of this process would wait for their GPUs.
+    """
+    with contextlib.suppress(RayError):  # what ended the run is worth more than what ends its actors
+        for actor in ray.get(attempts.holding.remote()):
+            ray.kill(actor)
 
 
 @contextlib.contextmanager

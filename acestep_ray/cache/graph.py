@@ -24,7 +24,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-from acestep_ray.cache.attempts import MAX_ATTEMPTS, Attempts, counted
+from acestep_ray.cache.attempts import MAX_ATTEMPTS, Attempts, counted, end_holders, join_run
 from acestep_ray.cache.decoding import decode_song, file_versions
 from acestep_ray.cache.parts import store_rejects, store_rows
 from acestep_ray.cache.schema import INCOMING, LEDGER_SCHEMA, SAMPLE_SCHEMA
@@ -128,14 +128,19 @@ class Graph:
 
     def run(self, songs: Iterable[Song], count: int) -> Iterator[tuple[pa.Table, list[Reject]]]:
         """Plan, decode, encode and store `count` songs; yields the ledger and the rejects of some, as they end."""
-        with DataContext.current(self.context()):
-            dataset = self._stored(self.decoded(songs, count), count)
-            for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for receipt in cast(pa.Table, receipts).to_pylist():
-                    yield (
-                        pa.Table.from_pylist(json.loads(receipt["ledger"]), schema=LEDGER_SCHEMA),
-                        [Reject(**values) for values in json.loads(receipt["rejects"])],
-                    )
+        try:
+            with DataContext.current(self.context()):
+                dataset = self._stored(self.decoded(songs, count), count)
+                for receipts in dataset.iter_batches(
+                    batch_size=None, batch_format="pyarrow", prefetch_batches=0
+                ):
+                    for receipt in cast(pa.Table, receipts).to_pylist():
+                        yield (
+                            pa.Table.from_pylist(json.loads(receipt["ledger"]), schema=LEDGER_SCHEMA),
+                            [Reject(**values) for values in json.loads(receipt["rejects"])],
+                        )
+        finally:
+            end_holders(self.attempts)
 
     def context(self) -> DataContext:
         """Ray Data's settings while the graph is made and runs."""
@@ -326,6 +331,7 @@ class _Encode:
         self.attempts = attempts
         self.name = f"encode {'+'.join(pool.features)}"
         self.encoder: Encoder | None = None
+        join_run(attempts)
         if pool.device == "cpu":
             import torch  # the other stages, whose module this is too, do without
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from acestep_ray.cache.encoding import Encoder
 from acestep_ray.cache.index import CacheIndex
@@ -20,8 +22,10 @@ from acestep_ray.cache.songs import Recipe, Reject
 from acestep_ray.config import PrecomputeConfig
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
+from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from tests.cache.conftest import SongFolder, decoded, noise, song
 from tests.cache.runs import encode_directly, rows_of
+from tests.processes import wait_until
 
 SPEAKER_DIM = 512
 GOOD = [f"song{i}" for i in range(6)]
@@ -165,6 +169,24 @@ def test_a_folder_of_songs_in_object_storage_becomes_a_cache_there(two_cpus, s3,
     assert not [name for name in cache.names() if name.startswith(".incoming")]
     again = precompute(config)
     assert (again.computed, again.unchanged, len(again.rejects)) == (0, 1, 1)
+
+
+@pytest.mark.ray
+def test_a_run_that_fails_leaves_no_encoders_to_the_next(two_cpus, config, song_folder, tmp_path):
+    """In the same driver, which may keep the error, as a notebook does: it would wait for the GPU that they hold."""
+    for i in range(3):
+        song_folder.add(f"song{i}", noise(3.0, seed=i))
+    song_folder.write()
+    broken = write_tiny_checkpoint(tmp_path / "broken")
+    (weights,) = broken.path.glob("music_dcae*/*.safetensors")
+    tensors = load_file(weights)
+    tensors.pop("encoder.conv_in.weight")
+    save_file(tensors, weights)
+    everything = ray.cluster_resources()["CPU"]
+    with pytest.raises(InputError, match="conv_in") as kept:
+        precompute(replace(config, checkpoint_dir=str(broken.path), features="latents"))
+    wait_until(lambda: ray.available_resources().get("CPU") == everything, lambda: False, 20)
+    del kept
 
 
 @pytest.mark.ray
