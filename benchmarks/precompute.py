@@ -53,6 +53,7 @@ VARIANTS = {
     "together": {},
     "two": {"encoder_workers": 2},
     "three": {"encoder_workers": 3},
+    "four": {"encoder_workers": 4},
     "five": {"encoder_workers": 5},
     "six": {"encoder_workers": 6},
     "apart": {"separate_encoders": True},

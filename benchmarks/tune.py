@@ -55,10 +55,13 @@ def write_released_size(checkpoint: Path) -> None:
     )
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in ACEStepTransformer(config).state_dict().items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU takes half a minute
     weights = {
-        name: (torch.randn(shape) / max(1, shape[1:].numel()) ** 0.5).to(torch.bfloat16)
+        name: (torch.randn(shape, device=device) / max(1, shape[1:].numel()) ** 0.5).to(torch.bfloat16).cpu()
         for name, shape in shapes.items()
     }
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the trials' memory is what counts
     folder = checkpoint / TRANSFORMER
     shutil.rmtree(folder)
     folder.mkdir()

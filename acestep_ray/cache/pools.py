@@ -17,9 +17,9 @@ from acestep_ray.ray_runtime import nodes_with, wait_for_first_node
 if TYPE_CHECKING:
     from acestep_ray.models.checkpoint import CheckpointDir
 
-# Several actors share a GPU: while one copies a song's audio and builds rows, others compute. All models and the
-# largest pass over a 240 s song take about 8 GB.
-_ACTORS_PER_GPU, _GPU_MEMORY_PER_ACTOR = 4, 12e9
+# Several actors share a GPU: while one copies a song's audio and builds rows, others compute. With six an H100 is never
+# without work. All models and the largest pass over a 240 s song take about 8 GB.
+_ACTORS_PER_GPU, _GPU_MEMORY_PER_ACTOR = 6, 12e9
 _CPUS_PER_GPU = 2
 _GPU_SHARES = {"latents": 0.45, "ssl": 0.45, "text": 0.1}
 
