@@ -33,7 +33,8 @@ OF_NO_MATTER = {
     "devices", "num_nodes", "accumulate_grad_batches",  # their product matters
     "min_devices", "worker_resource", "max_failures", "cpu_offload", "val_check_interval", "early_stopping_patience",
     "ckpt_path", "init_lora_path",
-    "fused",  # the same numbers as far as bfloat16 goes
+    "cuda_graphs",  # the same numbers as far as bfloat16 goes
+    "fused",  # likewise
 }  # fmt: skip
 
 
