@@ -130,11 +130,15 @@ class CapturedPasses:
             self.memory = self.memory or self.new_memory()
             self.recordings[kind] = self.capture(run, [*batch.tensors(), factor], self.memory)
             if self.memory.left() < _MEMORY_LEFT:
-                raise torch.OutOfMemoryError("they leave too little memory")
-        except RuntimeError as error:  # memory, or a layer does what cannot be recorded
-            reason = str(error).partition("\n")[0]
-            self.say(f"warning: CUDA graphs are off, and every kernel is launched by itself: {reason}")
-            self.release()
+                raise torch.OutOfMemoryError
+        except torch.OutOfMemoryError:
+            self._give_up("there is too little GPU memory for them")
+        except RuntimeError as error:  # a layer does what cannot be recorded
+            self._give_up(str(error).partition("\n")[0])
+
+    def _give_up(self, reason: str) -> None:
+        self.release()
+        self.say(f"warning: CUDA graphs are off, and every kernel is launched by itself: {reason}")
 
 
 def filled_up(batch: TrainingBatch) -> TrainingBatch:

@@ -353,6 +353,9 @@ class Trainer:
                 self.tracker.close()
             if self.samples is not None:
                 self.samples.close()
+            if self.learner.captured is not None:  # which would wait for the collection of garbage
+                with self.place.turn:
+                    self.learner.captured.forget()
 
 
 def open_source(settings: WorkerSettings, place: WorkerPlace) -> SongSource:

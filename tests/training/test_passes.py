@@ -213,9 +213,16 @@ def test_songs_of_the_longest_length_are_left_as_they_are(trainer, frames, fille
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_recorded_is_told_once_and_launched(trainer):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "too little GPU memory"),
+        (RuntimeError("operation not permitted when stream is capturing\nmore"), "operation not permitted"),
+    ],
+)
+def test_what_cannot_be_recorded_is_told_once_and_launched(trainer, error, told):
     def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        raise error
 
     said: list[str] = []
     learner, batches = trainer.learner, batches_of(trainer, 4)
@@ -226,6 +233,7 @@ def test_what_cannot_be_recorded_is_told_once_and_launched(trainer):
     assert_same_gradients(found, gradients(learner, learner.add_gradients, batches))
     (line,) = said
     assert "CUDA graphs are off" in line
+    assert told in line
     assert "more" not in line
     assert not captured.release()
 
@@ -283,10 +291,12 @@ def test_a_step_that_finds_no_memory_begins_again_without_recordings(captures, t
 
 def test_a_run_with_recordings_is_the_run_without(settings, tmp_path, monkeypatch):
     plain = replace(settings, checkpoints=type(settings.checkpoints).at(tmp_path / "plain"))
-    expected = train_alone(plain)
+    expected, ended = train_alone(plain), []
     monkeypatch.setattr(step, "can_capture", lambda *_: True)
     monkeypatch.setattr(step, "CapturedPasses", with_stand_ins)
+    monkeypatch.setattr(CapturedPasses, "forget", lambda self: ended.append(len(self.recordings)))
     found = train_alone(settings)
+    assert ended == [Rerun.made]
     assert Rerun.made > 0
     assert found["last"] == pytest.approx(expected["last"], rel=1e-4)
     assert_close_weights(latest_weights(settings), latest_weights(plain))
