@@ -48,8 +48,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def two_cpus(s3):
-    """A Ray cluster of one node with two CPUs, for every test that asks for it; its workers reach the S3 server."""
+def two_cpus(s3, gcs):
+    """A Ray cluster of one node with two CPUs, for all tests that ask for it; its workers reach the storage servers."""
     import ray
 
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -65,3 +65,12 @@ def s3():
 
     with s3_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def gcs():
+    """URLs of Google's storage, on a server here: `gcs(prefix)`. Ray workers that start later reach it too."""
+    from tests.gcs import gcs_server
+
+    with gcs_server() as bucket:
+        yield lambda prefix: f"{bucket}/{prefix}"

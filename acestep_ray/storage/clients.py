@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ Made = TypeVar("Made")
 
 # The extra of this project that brings the package behind a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+GOOGLE = ("gs", "gcs")
 
 # Attempts of the client for a request. An endpoint that does not answer is given up after half a minute, one that
 # stalls in every answer after five.
@@ -38,6 +41,12 @@ def filesystem_of(protocol: str, process: int, thread: int | None) -> fsspec.Abs
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in S3:
         options["config_kwargs"] = {**S3_CONFIG, **fsspec_config.get("s3", {}).get("config_kwargs", {})}
+    if protocol in GOOGLE:
+        # For buckets of one zone gcsfs asks another service, with rights of its own, what kind each bucket is: where it
+        # may not, before every request, with a warning.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        # It logs what it raises, with a traceback.
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         filesystem = fsspec.filesystem(protocol, **options)
     except ImportError as error:

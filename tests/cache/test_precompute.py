@@ -151,9 +151,13 @@ def test_windows_and_separate_encoders_and_rejects_that_are_tried_again(
 
 
 @pytest.mark.ray
-def test_a_folder_of_songs_in_object_storage_becomes_a_cache_there(two_cpus, s3, config, checkpoint):
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_folder_of_songs_in_object_storage_becomes_a_cache_there(
+    two_cpus, s3, gcs, config, checkpoint, kind
+):
     torch.set_num_threads(1)
-    songs, cache = Store.at(s3.url("songs")), Store.at(s3.url("cache"))
+    url = s3.url if kind == "s3" else gcs
+    songs, cache = Store.at(url("songs")), Store.at(url("cache"))
     for key in ("a", "b"):
         content = io.BytesIO()
         soundfile.write(content, noise(3.5, seed=ord(key)), 44_100, format="FLAC")
