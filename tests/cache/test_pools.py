@@ -50,7 +50,7 @@ def test_encoders_leave_room_for_decoding_and_share_the_gpus(
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "actors"), [([80], 4), ([140, 24], 2), ([48, 48], 4), ([16], 1), ([8], 1)]
+    ("gigabytes", "actors"), [([80], 6), ([140, 24], 2), ([48, 48], 4), ([16], 1), ([8], 1)]
 )
 def test_a_gpu_is_shared_by_as_many_encoders_as_fit_the_smallest(monkeypatch, gigabytes, actors):
     nodes = [{"NodeID": n, "Alive": True, "Resources": {"GPU": 1}} for n in range(len(gigabytes))]
