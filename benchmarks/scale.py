@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py
     python benchmarks/scale.py --sections precompute --songs 1000,4000 --nodes 0 --speedup 20
-    python benchmarks/scale.py --sections precompute --songs 640 --nodes 64 --rate 3
+    python benchmarks/scale.py --sections precompute --songs 400 --nodes 64 --rate 2
     python benchmarks/scale.py --sections inputs,sampler --songs 1000,10000,100000,1000000 --json scale.json
 
 `precompute` runs the real graph; its decoders and encoders sleep for the times that were measured (RESULTS.md), divided
