@@ -1,7 +1,7 @@
 """Songs, caches and workers that take nothing but time, for `scale.py`.
 
-`sleep_instead` runs in every worker process of Ray, before its first task, and puts stand-ins where songs are decoded
-and encoded: they sleep, and give arrays of a few bytes. Everything around them is the real program.
+`sleep_instead` runs in the process that workers are forked from (`simulated_nodes.py`), and puts stand-ins where songs
+are decoded and encoded: they sleep, and give arrays of a few bytes. Everything around them is the real program.
 """
 
 from __future__ import annotations
