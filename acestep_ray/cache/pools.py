@@ -53,7 +53,7 @@ def choose_pools(
         actors = config.encoder_workers or _actors_per_gpu(resource) * gpus
         together = -(-actors // gpus)
         share = config.encoder_gpus if config.encoder_gpus is not None else 1 / together
-        num_cpus = min(1, _CPUS_PER_GPU / together)
+        num_cpus = min(1, _CPUS_PER_GPU * (share or 1 / together))
         return [EncoderPool(features, device, actors, num_cpus, num_gpus=share, resource=resource)]
     pools = []
     for group in features:

@@ -49,6 +49,15 @@ def test_encoders_leave_room_for_decoding_and_share_the_gpus(
     assert pool.features == FEATURE_GROUPS
 
 
+def test_encoders_for_gpus_that_are_still_to_come_have_the_share_that_they_are_given(
+    monkeypatch, config, checkpoint
+):
+    """Or all would lie on the first GPU of an autoscaler."""
+    config = replace(config, encoder_workers=48, encoder_gpus=0.16)
+    (pool,) = pools(monkeypatch, config, checkpoint, [{"CPU": 16, "GPU": 1}])
+    assert (pool.actors, pool.num_cpus, pool.num_gpus) == (48, 0.32, 0.16)
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "actors"), [([80], 6), ([140, 24], 2), ([48, 48], 4), ([16], 1), ([8], 1)]
 )
