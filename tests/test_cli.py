@@ -281,6 +281,20 @@ def test_a_mistyped_value_is_told_in_the_users_words_and_a_traceback_where_asked
     assert "error: there is no command 'dance'\n" in capsys.readouterr().err
 
 
+def test_a_reader_who_has_seen_enough_is_no_fault():
+    code = (
+        "import sys; from acestep_ray.cli import finish\n"
+        "class Summary:\n    def render(self): return 'a line\\n' * 100_000\n"
+        "finish(Summary())"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None
+    command.stdout.readline()
+    command.stdout.close()
+    _, told = command.communicate(timeout=60)
+    assert (command.returncode, told) == (0, b"")
+
+
 def test_help_answers_without_loading_torch_or_ray():
     code = (
         "import sys, acestep_ray.cli as cli; cli.build_parser().print_help(); "
