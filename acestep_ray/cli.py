@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from acestep_ray.terminal import VERBOSE, show_error, show_summary
 
 # Settings that say where results go.
 _RESULTS = ("output_dir", "output_path", "exp_dir", "logger_dir", "checkpoints_dir")
+# How the names of settings end that are paths.
+_PATHS = ("_path", "_dir")
 # Folder in which Ray unpacks what `ray job submit --working-dir` has uploaded.
 _RAY_COPIES = "working_dir_files"
 # Where torchao is installed, these warn of it whatever is imported.
@@ -128,6 +131,7 @@ def run(parsed: Namespace) -> None:
 def run_job(job: Job, settings: Namespace) -> None:
     """Call a job with its settings."""
     values = {name: value for name, value in settings.as_dict().items() if name != "config"}
+    check_filled(job, values)
     check_places(values, Path.cwd())
     finish(load(job.target)(job.config(**values)))
 
@@ -137,6 +141,23 @@ def finish(summary: Any) -> None:
     show_summary(summary.render())
     if unfinished := getattr(summary, "unfinished", None):
         raise AceStepError(unfinished)
+
+
+def check_filled(job: Job, values: Mapping[str, Any]) -> None:
+    """Raise InputError for what the parser lets through empty: a number of a settings file, and a path anywhere.
+
+    An empty path, as an unset variable of a shell makes it, would mean the working directory.
+    """
+    for field in fields(job.config):
+        value, flag = values.get(field.name, field.default), f"--{field.name}"
+        if value is None and not field.type.endswith("None"):
+            raise InputError(
+                f"has to be of type {field.type}, and is null",
+                where=flag,
+                fix="give a value in the settings file, or leave the line out",
+            )
+        if value == "" and field.name.endswith(_PATHS):
+            raise InputError("the path is empty", where=flag, fix="give one; . is the working directory")
 
 
 def check_places(values: Mapping[str, Any], working_dir: Path) -> None:

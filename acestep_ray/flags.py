@@ -83,10 +83,21 @@ class Parser(ArgumentParser):
         sys.exit(EXIT_INPUT)
 
 
+_ONE_OF_SEVERAL_TYPES = re.compile(
+    r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*Given value: ", re.DOTALL
+)
+
+
+def _not_of_these_types(told: re.Match[str]) -> str:
+    types = re.sub(r"<class '(\w+)'>", r"\1", told[1]).split(", ")
+    return f"has to be of type {' or '.join(name for name in types if name != 'NoneType')}, and is "
+
+
 def _as_typed(message: str) -> str:
     """A message of the parser in the words of who types."""
     message = re.sub(r'Parser key "([\w.]+)":\s*', r"--\1: ", message)
     message = re.sub(r"Expected an? <class '(\w+)'>\. Got value: ", r"has to be of type \1, and is ", message)
+    message = _ONE_OF_SEVERAL_TYPES.sub(_not_of_these_types, message)
     message = re.sub(r"argument (command|action): invalid choice: ('.*?') .*", r"there is no \1 \2", message)
     if message.startswith("the following arguments are required: "):
         start, _, names = message.partition(": ")

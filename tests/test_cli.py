@@ -101,6 +101,22 @@ def test_environment_then_file_then_flags(jobs, monkeypatch, tmp_path):
     assert (config.learning_rate, config.max_steps) == (3e-3, 5)
 
 
+def test_a_settings_file_leaves_no_number_empty(jobs, capsys, tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text("max_steps:\nbatch_frames: null\n", encoding="utf-8")
+    assert cli.main(["train", *REQUIRED, "--config", str(file)]) == 2
+    assert "error: has to be of type int, and is null: --max_steps\n" in capsys.readouterr().err
+    file.write_text("batch_frames: null\n", encoding="utf-8")
+    assert parse(jobs, "--config", str(file)).batch_frames is None
+
+
+@pytest.mark.parametrize("flag", ["--dataset_path", "--exp_dir", "--init_lora_path"])
+def test_an_empty_path_is_not_the_working_directory(jobs, capsys, flag):
+    assert cli.main(["train", *REQUIRED, flag, ""]) == 2
+    assert f"error: the path is empty: {flag}\n" in capsys.readouterr().err
+    assert parse(jobs, flag, ".") is not None
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -253,11 +269,30 @@ def test_a_mistyped_value_is_told_in_the_users_words_and_a_traceback_where_asked
         )
         assert ("Traceback" in err) == debug
     with pytest.raises(SystemExit):
+        cli.main(["generate", "--checkpoint_dir", "checkpoint", "--workers", "two"])
+    assert capsys.readouterr().err.startswith(
+        "error: --workers: has to be of type int, and is two\n  → acestep-ray generate --help"
+    )
+    with pytest.raises(SystemExit):
         cli.main(["train"])
     assert "are required: --dataset_path, --checkpoint_dir\n" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["dance"])
     assert "error: there is no command 'dance'\n" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_seen_enough_is_no_fault():
+    code = (
+        "import sys; from acestep_ray.cli import finish\n"
+        "class Summary:\n    def render(self): return 'a line\\n' * 100_000\n"
+        "finish(Summary())"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None
+    command.stdout.readline()
+    command.stdout.close()
+    _, told = command.communicate(timeout=60)
+    assert (command.returncode, told) == (0, b"")
 
 
 def test_help_answers_without_loading_torch_or_ray():

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from acestep_ray.drawn_text import literal, with_fonts
 from acestep_ray.generation.render import write_mel_picture
+from acestep_ray.reporting.drawing import draw
 
 
 @pytest.mark.parametrize("text", ["$", "$100 and $200", "a $x^$", r"$\frac$ \$ b", "50 % _ { }"])
@@ -61,3 +62,11 @@ def test_a_picture_of_a_sound_has_any_title_without_a_warning(title):
         warnings.simplefilter("error")
         write_mel_picture(file, np.zeros((2, 48_000), np.float32), title)
     assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_a_figure_of_a_page_leaves_characters_to_the_browsers_fonts_without_a_warning():
+    figure = Figure()
+    figure.subplots().set_title(f"run {chr(0x10FFFD)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chr(0x10FFFD) in str(draw(figure, "figure"))

@@ -87,6 +87,9 @@ class PrecomputeSummary:
         rejects += [f"{reject.key}: {reject.message}" for reject in self.rejects[:_LISTED_REJECTS]]
         if len(self.rejects) > _LISTED_REJECTS:
             rejects.append(f"… the others are in {self.output_dir}/rejects")
+        warnings = self.warnings[:_LISTED_REJECTS]
+        if len(self.warnings) > _LISTED_REJECTS:
+            warnings.append(f"… and {len(self.warnings) - _LISTED_REJECTS} more")
         return fact_table(
             [
                 ("cache", self.output_dir),
@@ -101,7 +104,7 @@ class PrecomputeSummary:
                 ),
                 ("rejects", "\n".join(rejects)),
                 ("SSL", ", ".join(self.ssl_names) or "none: train with --ssl_coeff 0"),
-                *(("warning", warning) for warning in self.warnings[:_LISTED_REJECTS]),
+                *(("warning", warning) for warning in warnings),
                 ("took", f"{self.wall_seconds:.0f} s"),
             ]
         )

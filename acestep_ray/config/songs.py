@@ -101,7 +101,7 @@ class PrecomputeConfig:
     encode_resource: str | None = None
     """Custom resource of the nodes that encode, such as gpu_node; none takes any node."""
     encoder_workers: int | None = None
-    """Encoder actors; none chooses up to four a GPU, one for every 12 GB, or one a node where there are no GPUs."""
+    """Encoder actors; none chooses up to six a GPU, one for every 12 GB, or one a node where there are no GPUs."""
     encoder_gpus: float | None = None
     """Share of a GPU that each encoder actor reserves; none divides the GPUs among them."""
     separate_encoders: bool = False

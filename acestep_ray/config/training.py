@@ -174,7 +174,7 @@ class TrainConfig:
     every_plot_step: int = 2000
     """Steps between generated samples, and between validations."""
     plot_seconds: float | None = None
-    """Length of the generated samples; none takes the length of the first song."""
+    """Length of the generated samples, at most 240; none takes the length of the first song."""
     seed: int = 1234
     """Every random draw of the run is a function of this seed, the step and the song's key."""
 

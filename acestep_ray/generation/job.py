@@ -6,6 +6,7 @@ import io
 import os
 import posixpath
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from acestep_ray.terminal import Progress, fact_table
 if TYPE_CHECKING:
     from acestep_ray.generation.batch import BatchSummary
 
+_LONGEST_NAME = 255  # bytes; of Linux's file systems
 _FLAGS_OF_BATCHES = ("output_dir", "format", "workers")
 
 
@@ -71,6 +73,7 @@ def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
     request = songs_of_flags(
         config, posixpath.splitext(output.name)[0], checkpoint.transformer_config.speaker_embedding_dim
     )
+    check_names(output, request.songs)
     choice = choose_models(config, checkpoint)
     request.show_warnings()
     models = MusicModels.load(choice)
@@ -87,6 +90,18 @@ def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
 def show_step(progress: Progress, before: int, step: int) -> None:
     """Show that `step` steps are done, besides those of the groups `before`."""
     progress.update(before + step)
+
+
+def check_names(output: StoredFile, songs: Sequence[Song]) -> None:
+    """Raise InputError where a disk takes no file of a song's name, which may have its seed in it."""
+    suffix = posixpath.splitext(output.name)[1]
+    longest = max(len(os.fsencode(posixpath.basename(song.name) + suffix)) for song in songs)
+    if output.store.is_local and longest > _LONGEST_NAME:
+        raise InputError(
+            "the file's name is too long",
+            where=f"--output_path {output}",
+            fix=f"at most {_LONGEST_NAME} bytes, with the seeds that are put into it",
+        )
 
 
 def write_song(output: StoredFile, song: Song, sound: Sound) -> MadeSong:
@@ -127,6 +142,6 @@ def check_output(config: GenerateConfig) -> StoredFile:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write here ({error})", where=where) from None
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
+    if not os.access(path.parent, os.W_OK) or os.path.isdir(path):
         raise InputError("cannot write here", where=where)
     return output

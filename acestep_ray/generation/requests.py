@@ -13,6 +13,7 @@ from typing import Any
 from acestep_ray.config import GenerateConfig
 from acestep_ray.data.lyrics import parse_language
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
+from acestep_ray.data.texts import is_unicode
 from acestep_ray.diffusion.solvers import SCHEDULERS
 from acestep_ray.errors import InputError
 from acestep_ray.generation.song import Song
@@ -180,6 +181,9 @@ class _SettingsReader:
         return read
 
     def _read(self, name: str, value: Any) -> Any:
+        # Bytes of a terminal, and halves of characters in JSON.
+        if isinstance(value, str) and not is_unicode(value):
+            raise InputError("not Unicode text", fix="write it in UTF-8")
         if name == "seed":
             return parse_seeds(value)
         if name == "lyrics":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -61,8 +62,11 @@ def _svg(figure: Figure, name: str) -> str:
     import matplotlib
 
     file = io.BytesIO()
-    # Text stays text. The salt makes names within the SVG the figure's own, and the same each time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    # Text stays text, which the browser has the fonts for. The salt makes names within the SVG the figure's own, and
+    # the same each time.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, dpi=_PICTURE_DPI, metadata=metadata)
     return _for_page(file.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -44,10 +45,13 @@ def column_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def show_summary(text: str, stream: TextIO | None = None) -> None:
-    """Print a summary; on a terminal the names of its facts are in colour."""
+    """Print a summary; on a terminal the names of its facts are in colour. A reader may end before it does."""
     stream = stream if stream is not None else sys.stdout
     if not is_terminal(stream):
-        print(text, file=stream, flush=True)
+        try:
+            print(text, file=stream, flush=True)
+        except BrokenPipeError:  # `… | head`; what is left would be written, and fail, once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return
     from rich.text import Text
 

@@ -58,6 +58,8 @@ LIMITS = (
         "0 or more",
     ),
     (("val_songs",), lambda value: value is None or value >= 0, "0 or more"),
+    (("epochs",), lambda value: value == -1 or value >= 1, "at least 1, or -1 for no limit"),
+    (("plot_seconds",), lambda value: value is None or 0.1 <= value <= 240, "0.1 to 240"),
     (("val_check_interval", "min_devices"), lambda value: value is None or value >= 1, "at least 1"),
     (
         ("text_dropout", "speaker_dropout", "lyric_dropout", "activation_checkpointing"),
@@ -82,7 +84,7 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
     if config.gradient_clip_algorithm not in ("norm", "value"):
         where = f"--gradient_clip_algorithm {config.gradient_clip_algorithm}"
         raise InputError("unknown way to clip gradients", where=where, fix="norm or value")
-    if Path(config.exp_name).name != config.exp_name or config.exp_name in (".", ".."):
+    if Path(config.exp_name).name != config.exp_name or config.exp_name in ("", ".", ".."):
         raise InputError("not a plain name", where=f"--exp_name {config.exp_name!r}", fix="use no slashes")
     if config.lora_config_path is None and config.init_lora_path is not None:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -29,6 +30,10 @@ class Sampler(TypedDict):
 
 
 SAMPLER: Sampler = {"steps": 60, "guidance_scale": 15.0, "omega": 10.0}
+
+
+# Bytes: files carry a suffix, and a prefix while they are written.
+_LONGEST_NAME = 200
 
 
 class SampleFolder:
@@ -67,8 +72,8 @@ def write_sample(
 ) -> tuple[np.ndarray, int] | None:
     """Generate with a song's prompt, lyrics and speaker; returns the sound and its sample rate.
 
-    `directory` gets `KEY.wav`, its mel picture `KEY.png` and `KEY.json` with what it was made from. Without one, this
-    worker only takes part in the model's passes.
+    `directory` gets `KEY.wav`, its mel picture `KEY.png` and `KEY.json` with what it was made from, in the spelling of
+    `file_name`. Without one, this worker only takes part in the model's passes.
     """
     frames = song.latents.shape[-1]
     if config.plot_seconds is not None:
@@ -84,7 +89,7 @@ def write_sample(
         return None
     # The codec is needed for seconds in hours of training: it is loaded for a sample and let go.
     waveform = decode(CheckpointDir.open(config.checkpoint_dir).load_codec(device), latents)
-    name = song.key.replace("/", "_")
+    name = file_name(song.key)
     write_audio(directory / f"{name}.wav", waveform)
     write_mel_picture(directory / f"{name}.png", waveform, f"{song.key} · seed {config.seed}")
     made_from = {
@@ -100,3 +105,11 @@ def write_sample(
         json.dumps(made_from, ensure_ascii=False, indent=1) + "\n", "utf-8"
     )
     return waveform, SAMPLE_RATE
+
+
+def file_name(key: str) -> str:
+    """A key as the name of files: what they cannot be called is `_`, and a long key ends in its hash."""
+    name = "".join(character if character.isprintable() else "_" for character in key.replace("/", "_"))
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"

@@ -61,6 +61,18 @@ def fill(folder: SongFolder) -> None:
     folder.write()
 
 
+def test_a_summary_says_how_many_warnings_it_does_not_show():
+    counts = {"inputs": 12, "samples": 12, "unchanged": 0, "computed": 12, "num_bytes": 0}
+    warnings = [f"song{number}.wav: no prompt" for number in range(12)]
+    summary = PrecomputeSummary(
+        **counts, rejects=[], ssl_names=[], seconds_of_audio=0.0, wall_seconds=0.0, output_dir="cache",
+        warnings=warnings,
+    )  # fmt: skip
+    assert "song9.wav: no prompt" in summary.render()
+    assert "… and 2 more" in summary.render()
+    assert "more" not in replace(summary, warnings=warnings[:10]).render()
+
+
 @pytest.mark.ray
 def test_every_song_is_kept_or_rejected_once_over_reruns_and_changes(
     two_cpus, config, song_folder, checkpoint, monkeypatch

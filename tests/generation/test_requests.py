@@ -72,6 +72,8 @@ def test_other_seeds_are_refused(value):
         ("seed", "1,x", "not a list of seeds"),
         ("lyrics", "missing.txt", "no such file"),
         ("speaker_emb_path", "missing.npy", "does not exist"),
+        ("prompt", "caf\udce9", "not Unicode text"),
+        ("lyrics", "caf\udce9", "not Unicode text"),
     ],
 )
 def test_a_wrong_flag_is_named_with_its_value(config, flag, value, told):
@@ -142,6 +144,7 @@ WRONG_ROWS = [
     ({"seed": [1, "x"]}, "`seed`: not a list of seeds"),
     ({"scheduler": "dpm"}, "`scheduler`: unknown scheduler"),
     ({"lyrics": "words.txt"}, "`lyrics`: no such file"),
+    ({"prompt": "\ud83c"}, "`prompt`: not Unicode text"),
     ({"speaker_emb_path": "voice.pt"}, "`speaker_emb_path`: the speaker embedding does not exist"),
     ({"name": "../up"}, '`name` is "../up", and has to name a file within the output folder'),
     ({"name": "first"}, "`first` is the name of a song of line 1 already"),
