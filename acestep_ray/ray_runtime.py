@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -52,10 +53,22 @@ def connect() -> None:
                 where=f"{address} (from $RAY_ADDRESS)",
                 fix="start it, or unset $RAY_ADDRESS",
             ) from error
+        _end_in_order()
         return
     # Ray would write a token to the home directory, where every later `ray start` would find it and ask for it.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(address="local", include_dashboard=False, **logs)
+    _end_in_order()
+
+
+def _end_in_order() -> None:
+    """Let SIGTERM, as of `ray job stop`, do what Ctrl-C does; Ray has made it print a stack of C++ and abort."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def share_of(resource: str | None) -> dict[str, float]:
