@@ -43,21 +43,25 @@ class Attempts:
 
 
 def join_run(attempts: Any) -> None:
-    """Let `end_holders` end the actor that this runs in, if it runs in one."""
+    """Let `holders_ended` end the actor that this runs in, if it runs in one."""
     context = ray.get_runtime_context()
     if context.get_actor_id() is not None:
         attempts.join.remote(context.current_actor)
 
 
-def end_holders(attempts: Any) -> None:
-    """End the actors that hold models.
+@contextlib.contextmanager
+def holders_ended(attempts: Any) -> Iterator[None]:
+    """Around a run: at its end, whatever that is, the actors that hold models end.
 
     Ray Data leaves that to the collection of garbage, which may not come as long as an error of the run is kept; the
     next run of this process would wait for their GPUs.
     """
-    with contextlib.suppress(RayError):  # what ended the run is worth more than what ends its actors
-        for actor in ray.get(attempts.holding.remote()):
-            ray.kill(actor)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RayError):  # what ended the run is worth more than what ends its actors
+            for actor in ray.get(attempts.holding.remote()):
+                ray.kill(actor)
 
 
 @contextlib.contextmanager

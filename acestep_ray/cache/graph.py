@@ -24,7 +24,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-from acestep_ray.cache.attempts import MAX_ATTEMPTS, Attempts, counted, end_holders, join_run
+from acestep_ray.cache.attempts import MAX_ATTEMPTS, Attempts, counted, holders_ended, join_run
 from acestep_ray.cache.decoding import decode_song, file_versions
 from acestep_ray.cache.parts import store_rejects, store_rows
 from acestep_ray.cache.schema import INCOMING, LEDGER_SCHEMA, SAMPLE_SCHEMA
@@ -128,19 +128,14 @@ class Graph:
 
     def run(self, songs: Iterable[Song], count: int) -> Iterator[tuple[pa.Table, list[Reject]]]:
         """Plan, decode, encode and store `count` songs; yields the ledger and the rejects of some, as they end."""
-        try:
-            with DataContext.current(self.context()):
-                dataset = self._stored(self.decoded(songs, count), count)
-                for receipts in dataset.iter_batches(
-                    batch_size=None, batch_format="pyarrow", prefetch_batches=0
-                ):
-                    for receipt in cast(pa.Table, receipts).to_pylist():
-                        yield (
-                            pa.Table.from_pylist(json.loads(receipt["ledger"]), schema=LEDGER_SCHEMA),
-                            [Reject(**values) for values in json.loads(receipt["rejects"])],
-                        )
-        finally:
-            end_holders(self.attempts)
+        with holders_ended(self.attempts), DataContext.current(self.context()):
+            dataset = self._stored(self.decoded(songs, count), count)
+            for receipts in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for receipt in cast(pa.Table, receipts).to_pylist():
+                    yield (
+                        pa.Table.from_pylist(json.loads(receipt["ledger"]), schema=LEDGER_SCHEMA),
+                        [Reject(**values) for values in json.loads(receipt["rejects"])],
+                    )
 
     def context(self) -> DataContext:
         """Ray Data's settings while the graph is made and runs."""

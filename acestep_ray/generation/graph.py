@@ -17,7 +17,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from acestep_ray.cache.attempts import MAX_ATTEMPTS, Attempts, counted
+from acestep_ray.cache.attempts import MAX_ATTEMPTS, Attempts, counted, holders_ended, join_run
 from acestep_ray.errors import InputError
 from acestep_ray.generation.audio import Sound
 from acestep_ray.generation.records import Recipe, write_song
@@ -93,7 +93,7 @@ def make_songs(
     # Every song is a block of its own, which is written without waiting for others.
     context.target_max_block_size = 1
     attempts = beside_driver(Attempts).remote()
-    with DataContext.current(context):
+    with holders_ended(attempts), DataContext.current(context):
         lists = [json.dumps([asdict(song) for song in group]) for group in groups]
         dataset: ray.data.Dataset = ray.data.from_arrow([pa.table({"songs": [songs]}) for songs in lists])
         dataset = dataset.map_batches(
@@ -128,6 +128,7 @@ class Maker:
         self.choice = choice
         self.attempts = attempts
         self.models: MusicModels | None = None
+        join_run(attempts)
         if choice.device == "cpu":
             import torch
 

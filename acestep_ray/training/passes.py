@@ -7,7 +7,6 @@ gradients stay what they are, but for rounding.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -57,7 +56,7 @@ class CapturedPasses:
         self.new_memory = memory
         self.memory: Any = None
         self.recordings: dict[Hashable, Any] = {}
-        self.seen: Counter[Hashable] = Counter()
+        self.seen: set[Hashable] = set()
         self.gives_up = False
         self.names: list[str] = []
         self.used: list[tuple[nn.Parameter, Tensor]] = []
@@ -82,9 +81,9 @@ class CapturedPasses:
         batch = filled_up(batch)
         factor = torch.full((), share, device=self.together.device)
         kind = _kind_of(batch)
-        if self.seen[kind] and self._may_record(kind):
+        if kind in self.seen and self._may_record(kind):
             self._record(kind, batch, factor)
-        self.seen[kind] += 1
+        self.seen.add(kind)
         recording = self.recordings.get(kind)
         losses = self._launch(batch, factor) if recording is None else recording(*batch.tensors(), factor)
         for parameter, own in self.used:

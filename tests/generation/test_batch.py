@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +10,14 @@ import numpy as np
 import pytest
 import ray
 import soundfile
+from safetensors.torch import load_file, save_file
 
 from acestep_ray import cli
 from acestep_ray.errors import InputError
 from acestep_ray.generation import batch as batch_module
 from acestep_ray.generation.batch import RESULTS, claim_output, generate_batch
 from acestep_ray.generation.job import generate
+from tests.processes import wait_until
 
 
 @pytest.fixture
@@ -110,3 +114,21 @@ def test_a_mistake_in_the_file_or_the_lora_stops_the_batch_before_ray_starts(row
     with pytest.raises(InputError, match="nowhere"):
         generate(replace(rows({}), lora_path=str(tmp_path / "nowhere")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_a_batch_that_fails_leaves_no_models_to_the_next(two_cpus, rows, tmp_path):
+    """In the same driver, which may keep the error, as a notebook does."""
+    flags = rows({"name": "a"})
+    broken = tmp_path / "broken"
+    shutil.copytree(flags.checkpoint_dir, broken)
+    (weights,) = broken.glob("music_vocoder/*.safetensors")
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors.pop(name)
+    save_file(tensors, weights)
+    everything = ray.cluster_resources()["CPU"]
+    with pytest.raises(InputError, match=re.escape(name)) as kept:
+        generate_batch(replace(flags, checkpoint_dir=str(broken)))
+    wait_until(lambda: ray.available_resources().get("CPU") == everything, lambda: False, 20)
+    del kept
