@@ -69,8 +69,8 @@ def write_released_size(checkpoint: Path) -> None:
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
 
 
-def write_cache(folder: Path, checkpoint: Path, seconds: float, device: str) -> Path:
-    """A feature cache of `SONGS` songs of noise."""
+def write_cache(folder: Path, checkpoint: Path, seconds: float, device: str) -> None:
+    """Precompute `SONGS` songs of noise into `folder / "cache"`."""
     (folder / "songs").mkdir()
     for number in range(SONGS):
         wave = 0.1 * np.random.default_rng(number).standard_normal(int(48_000 * seconds))
@@ -84,7 +84,6 @@ def write_cache(folder: Path, checkpoint: Path, seconds: float, device: str) -> 
             device=device,
         )
     )
-    return folder / "cache"
 
 
 def gpu_memory() -> float:
@@ -121,13 +120,61 @@ def most(measure: Callable[[], float]) -> Iterator[list[float]]:
         thread.join()
 
 
+def search(
+    way: str, arguments: argparse.Namespace, folder: Path
+) -> tuple[dict[str, float | str], dict[str, float]]:
+    """One way's row of the table, and the validation loss of each trial."""
+    on_gpu = arguments.device == "cuda"
+    config = TuneConfig(
+        dataset_path=str(folder / "cache"),
+        checkpoint_dir=str(folder / "checkpoint"),
+        exp_name=way,
+        exp_dir=str(folder),
+        logger_dir=str(folder / "logs"),
+        tracking_uri="none",
+        device=arguments.device,
+        precision=arguments.precision,
+        max_steps=arguments.steps,
+        val_songs=2,
+        val_check_interval=arguments.steps // 2,
+        num_workers=1,
+        trials=arguments.trials,
+        scheduler="none",
+        share_base=WAYS[way],
+        allow_changes=True,
+        search_rank="log2int(4, 32)",
+        gpus_per_trial=1 / arguments.at_once if on_gpu else None,
+        cpus_per_trial=1.0 if on_gpu else os.cpu_count() / arguments.at_once,
+    )
+    started = time.perf_counter()
+    with most(gpu_memory if on_gpu else process_memory) as memory:
+        summary = tune(config)
+    seconds = time.perf_counter() - started
+    row = {
+        "way": way,
+        "trials": len(summary.trials),
+        "failed": sum(row["state"] == "failed" for row in summary.trials),
+        "seconds": round(seconds, 1),
+        "trials_an_hour": round(3600 * len(summary.trials) / seconds, 1),
+        "memory_gb": round(memory[0], 2),
+    }
+    return row, {row["trial"]: row["validation"] for row in summary.trials}
+
+
+def largest_difference(losses: dict[str, dict[str, float]]) -> float | None:
+    """How far a trial's losses in the two ways are apart, as a share; None where only one way ran."""
+    shared = losses.get("shared", {})
+    pairs = [(loss, shared.get(trial)) for trial, loss in losses.get("processes", {}).items()]
+    return max((abs(a / b - 1) for a, b in pairs if a is not None and b is not None), default=None)
+
+
 def main() -> None:
     """Measure both ways and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=Path, help="file to write the figures to, anew after each way")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--at_once", type=int, default=2, help="trials at a time")
     parser.add_argument("--steps", type=int, default=24, help="steps of a trial")
@@ -136,67 +183,30 @@ def main() -> None:
     parser.add_argument("--released", action="store_true", help="a transformer of the released size")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
-    on_gpu = arguments.device == "cuda"
     folder = Path(tempfile.mkdtemp(prefix="tune-"))
     checkpoint = write_tiny_checkpoint(folder / "checkpoint").path
-    cache = write_cache(folder, checkpoint, arguments.seconds, arguments.device)
+    write_cache(folder, checkpoint, arguments.seconds, arguments.device)
     if arguments.released:
         write_released_size(checkpoint)
     rows, losses = [], {}
     for way in arguments.ways:
-        config = TuneConfig(
-            dataset_path=str(cache),
-            checkpoint_dir=str(checkpoint),
-            exp_name=way,
-            exp_dir=str(folder),
-            logger_dir=str(folder / "logs"),
-            tracking_uri="none",
-            device=arguments.device,
-            precision=arguments.precision,
-            max_steps=arguments.steps,
-            val_songs=2,
-            val_check_interval=arguments.steps // 2,
-            num_workers=1,
-            trials=arguments.trials,
-            scheduler="none",
-            share_base=WAYS[way],
-            allow_changes=True,
-            search_rank="log2int(4, 32)",
-            gpus_per_trial=1 / arguments.at_once if on_gpu else None,
-            cpus_per_trial=1.0 if on_gpu else os.cpu_count() / arguments.at_once,
-        )
-        started = time.perf_counter()
-        with most(gpu_memory if on_gpu else process_memory) as memory:
-            summary = tune(config)
-        seconds = time.perf_counter() - started
-        losses[way] = {row["trial"]: row["validation"] for row in summary.trials}
-        rows.append(
-            {
-                "way": way,
-                "trials": len(summary.trials),
-                "failed": sum(row["state"] == "failed" for row in summary.trials),
-                "seconds": round(seconds, 1),
-                "trials_an_hour": round(3600 * len(summary.trials) / seconds, 1),
-                "memory_gb": round(memory[0], 2),
-            }
-        )
-    pairs = [
-        (losses["processes"][trial], losses["shared"][trial])
-        for trial in losses.get("processes", {})
-        if losses.get("shared", {}).get(trial) is not None and losses["processes"][trial] is not None
-    ]
-    report = {
-        "chip": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "ray": ray.__version__,
-        "at_once": arguments.at_once,
-        "steps": arguments.steps,
-        "largest_difference": max((abs(a / b - 1) for a, b in pairs), default=None),
-        "rows": rows,
-        "losses": losses,
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        row, losses[way] = search(way, arguments, folder)
+        rows.append(row)
+        report = {
+            "chip": torch.cuda.get_device_name()
+            if arguments.device == "cuda"
+            else platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "ray": ray.__version__,
+            "at_once": arguments.at_once,
+            "steps": arguments.steps,
+            "song_seconds": arguments.seconds,
+            "largest_difference": largest_difference(losses),
+            "rows": rows,
+            "losses": losses,
+        }
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(" | ".join(rows[0]))
     for row in rows:
         print(" | ".join(str(value).rjust(len(name)) for name, value in row.items()))
