@@ -32,9 +32,10 @@ from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.storage import Store
 from acestep_ray.training import worker
+from acestep_ray.training.frozen import store_frozen
 from acestep_ray.training.lora import add_lora
 from acestep_ray.training.lora_config import DEFAULT_LORA
-from acestep_ray.training.model import fuse_passes, store_frozen
+from acestep_ray.training.model import fuse_passes
 from acestep_ray.training.settings import WorkerPlace, WorkerSettings
 
 LEFT_OUT = 20

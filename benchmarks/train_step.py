@@ -35,9 +35,10 @@ from acestep_ray.models.flops import Lengths, Trained, model_flops
 from acestep_ray.models.lyric_encoder import LyricEncoderConfig
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.models.transformer_config import TransformerConfig
+from acestep_ray.training.frozen import store_frozen
 from acestep_ray.training.lora import add_lora
 from acestep_ray.training.lora_config import DEFAULT_LORA
-from acestep_ray.training.model import fuse_passes, store_frozen
+from acestep_ray.training.model import fuse_passes
 from acestep_ray.training.optim import build_optimizer, clip_gradients, set_learning_rate
 from acestep_ray.training.passes import MAX_FRAMES, CapturedPasses
 from acestep_ray.training.sampler import BatchPlan

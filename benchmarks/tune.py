@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from acestep_ray.cache.precompute import precompute
 from acestep_ray.config import PrecomputeConfig, TuneConfig
-from acestep_ray.models.checkpoint import TRANSFORMER
+from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.tiny_checkpoint import TRANSFORMER_CONFIG, write_tiny_checkpoint
@@ -181,13 +181,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="length of the songs")
     parser.add_argument("--precision", default="bf16-true", help="of the trials")
     parser.add_argument("--released", action="store_true", help="a transformer of the released size")
+    parser.add_argument(
+        "--folder", type=Path, help="where checkpoint and cache are kept, and taken from if there"
+    )
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="tune-"))
-    checkpoint = write_tiny_checkpoint(folder / "checkpoint").path
-    write_cache(folder, checkpoint, arguments.seconds, arguments.device)
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="tune-"))
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        write_tiny_checkpoint(checkpoint)
+    if not (folder / "cache").exists():
+        write_cache(folder, checkpoint, arguments.seconds, arguments.device)
     if arguments.released:
         write_released_size(checkpoint)
+    CheckpointDir.open(checkpoint).fingerprint("transformer")  # the first search would read the weights for it
     rows, losses = [], {}
     for way in arguments.ways:
         row, losses[way] = search(way, arguments, folder)
@@ -212,7 +219,8 @@ def main() -> None:
         print(" | ".join(str(value).rjust(len(name)) for name, value in row.items()))
     print(f"largest relative difference of a trial's loss: {report['largest_difference']}")
     ray.shutdown()
-    shutil.rmtree(folder)
+    if arguments.folder is None:
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

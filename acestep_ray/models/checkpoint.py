@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from acestep_ray.errors import InputError
 from acestep_ray.models.codec import MusicCodec
@@ -84,13 +86,14 @@ class CheckpointDir:
 
     def load_transformer(
         self,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | Callable[[nn.Module], torch.dtype] = torch.float32,
         device: torch.device | str = "cpu",
         *,
         directory: str | Path | None = None,
     ) -> ACEStepTransformer:
         """The transformer in `dtype`, trainable, one copy in memory; parameters that it never uses are left out.
 
+        `dtype` may be a function of the module that a parameter belongs to.
         `directory` holds a fine-tuned one, to be taken instead. Raises `InputError` with every missing, unexpected or
         misshapen name.
         """

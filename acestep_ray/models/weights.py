@@ -133,15 +133,16 @@ def load_weights(
     module: nn.Module,
     directory: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Callable[[nn.Module], torch.dtype] = torch.float32,
     device: torch.device | str = "cpu",
     rename: Callable[[str], str] = str,
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Give `module`, built on the meta device, the weights of `directory`, one tensor in memory at a time.
 
-    `rename` turns a name in the file into the module's; a name that the module lacks is an error unless `ignore`
-    says otherwise. Raises `InputError` with every missing, unexpected or misshapen name.
+    `dtype` may follow from the module that a tensor belongs to. `rename` turns a name in the file into the module's; a
+    name that the module lacks is an error unless `ignore` says otherwise. Raises `InputError` with every missing,
+    unexpected or misshapen name.
     """
     expected = module.state_dict(keep_vars=True)
     loaded: dict[str, torch.Tensor] = {}
@@ -156,7 +157,9 @@ def load_weights(
             problems.append(f"{stored_name} in {path.name} has shape {found}, not {wanted}")
             loaded[name] = tensor
         else:
-            loaded[name] = tensor.to(device=device, dtype=dtype)
+            target = dtype(module.get_submodule(name.rpartition(".")[0])) if callable(dtype) else dtype
+            # What is stored in 16 bits travels in 16, and a GPU turns it into others faster than the host.
+            loaded[name] = tensor.to(device).to(target)
     # Tied parameters are one object under several names; a file holds them under one name or under all.
     by_object = {id(expected[name]): tensor for name, tensor in loaded.items()}
     for name, parameter in expected.items():

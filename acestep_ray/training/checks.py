@@ -15,9 +15,10 @@ from acestep_ray.errors import InputError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import Store
+from acestep_ray.training.frozen import check_quantisation
 from acestep_ray.training.initial_lora import initial_loras, load_lora
 from acestep_ray.training.lora import add_lora
-from acestep_ray.training.model import check_fused, check_quantisation, choose_trained
+from acestep_ray.training.model import check_fused, choose_trained
 from acestep_ray.training.optim import check_optimizer
 from acestep_ray.training.state import locate_checkpoint
 

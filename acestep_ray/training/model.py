@@ -1,4 +1,4 @@
-"""The model as a run trains it: which parameters, kept in which precision, and how the workers share it."""
+"""The model as a run trains it: which parameters, computed how, and how the workers share it."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.fusing import fuse_where_possible
-from acestep_ray.models.quantised import FORMS, quantise_linear_layers
-from acestep_ray.models.transformer import ACEStepTransformer, DepthwiseConv
-from acestep_ray.training.initial_lora import initial_loras, load_lora
-from acestep_ray.training.lora import add_lora
-
-AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
-"""What matrix products are computed in; "32" is not among them."""
-
-UNQUANTISED = "none"
-# The rest is small, or every frame depends on it: embedders, modulation, the last layer, the SSL projectors.
-_QUANTISED_PARTS = ("transformer_blocks", "lyric_encoder")
-
-# Read by autocast in its own precision, whatever they are stored in.
-_CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv)
+from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.training.frozen import (
+    AUTOCAST_DTYPES,
+    UNQUANTISED,
+    add_seeded_lora,
+    load_frozen,
+    reads_weights,
+    store_frozen,
+    store_products_as,
+    wants_fused,
+    with_lora,
+)
 
 
 def build_transformer(
     config: TrainConfig, lora: Mapping[str, Any] | None, device: torch.device
 ) -> ACEStepTransformer:
     """The base model on `device` with its LoRA, or without one as `choose_trained` leaves it; on every worker alike."""
-    home = "cpu" if config.cpu_offload or config.quantize_base != UNQUANTISED else device
-    transformer = CheckpointDir.open(config.checkpoint_dir).load_transformer(device=home)
     if lora is None:
+        home = "cpu" if config.cpu_offload else device
+        transformer = CheckpointDir.open(config.checkpoint_dir).load_transformer(device=home)
         choose_trained(transformer, config.train_parameters, with_ssl=config.ssl_coeff > 0)
+        store_frozen(transformer, config, device)
+    elif reads_weights(lora):
+        home = "cpu" if config.quantize_base != UNQUANTISED else device
+        transformer = CheckpointDir.open(config.checkpoint_dir).load_transformer(device=home)
+        add_seeded_lora(transformer, config, lora)
+        store_frozen(transformer, config, device)
     else:
-        torch.manual_seed(config.seed)  # LoRA's first matrices are random
-        add_lora(transformer, lora)
-        for adapter, path in initial_loras(config.init_lora_path, lora).items():
-            load_lora(transformer, path, adapter)
-    store_frozen(transformer, config, device)
+        transformer = with_lora(load_frozen(config, device), config, lora, device)
     fuse_passes(transformer, config, device, is_lora=lora is not None)
     transformer.activation_checkpointing = config.activation_checkpointing
     return transformer
@@ -84,47 +84,6 @@ def choose_trained(transformer: ACEStepTransformer, patterns: str | None, *, wit
     return [name for name in names if name in chosen]
 
 
-def check_quantisation(config: TrainConfig) -> None:
-    """Raise InputError for a way of storing the frozen weights that there is not, or where none are frozen."""
-    where = f"--quantize_base {config.quantize_base}"
-    if config.quantize_base not in (UNQUANTISED, *FORMS):
-        raise InputError("unknown way to quantise", where=where, fix=", ".join((UNQUANTISED, *FORMS)))
-    if config.quantize_base != UNQUANTISED and config.lora_config_path is None:
-        raise InputError(
-            "quantised weights cannot be trained, only a LoRA on them",
-            where=where,
-            fix="give --lora_config_path, or leave the flag out",
-        )
-
-
-def store_frozen(transformer: nn.Module, config: TrainConfig, device: torch.device | str) -> None:
-    """Keep what is not trained in as little memory as the settings ask for; in place.
-
-    What is quantised comes to `device` layer by layer, and then the rest.
-    """
-    if config.quantize_base == UNQUANTISED:
-        if config.precision == "bf16-true":
-            _store_frozen_as(transformer, torch.bfloat16)
-        return
-    quantise_linear_layers(transformer, _QUANTISED_PARTS, config.quantize_base, device)
-    half = AUTOCAST_DTYPES.get(config.precision)
-    if half is not None:
-        _store_frozen_as(transformer, half)
-    transformer.to(device)
-
-
-def _store_frozen_as(transformer: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what is not trained and only met in matrix products in autocast's `dtype`: half the memory, same numbers.
-
-    Autocast would round those weights in every step. Norms, embeddings and modulation stay float32.
-    """
-    for module in transformer.modules():
-        if isinstance(module, _CAST_BY_AUTOCAST):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
-
-
 def check_fused(config: TrainConfig) -> None:
     """Raise InputError where products in float8 are asked for and cannot be had."""
     if not config.float8:
@@ -153,13 +112,13 @@ def fuse_passes(
     """
     if config.float8 and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise InputError("this device multiplies no float8 numbers", where="--float8 true")
-    if not config.fused or AUTOCAST_DTYPES.get(config.precision) is not torch.bfloat16:
+    if not wants_fused(config):
         return
     # Without a LoRA, sharding and offloading want every parameter as it is.
     joins = is_lora and not shares_base
     is_fused = fuse_where_possible(transformer, device, join_frozen=joins, float8=config.float8)
     if is_fused and joins and config.quantize_base == UNQUANTISED:
-        _store_frozen_as(transformer, torch.bfloat16)
+        store_products_as(transformer, torch.bfloat16)
 
 
 def share_among_workers(

@@ -16,7 +16,8 @@ from acestep_ray.diffusion.objective import SampleLosses, TrainingBatch, flow_ma
 from acestep_ray.models.flops import Lengths, Trained, model_flops
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.training.batch import counter_seed
-from acestep_ray.training.model import AUTOCAST_DTYPES, is_sharded, share_among_workers
+from acestep_ray.training.frozen import AUTOCAST_DTYPES
+from acestep_ray.training.model import is_sharded, share_among_workers
 from acestep_ray.training.optim import (
     build_optimizer,
     clip_gradients,

@@ -12,6 +12,9 @@ from acestep_ray.errors import InputError
 from acestep_ray.export.transformer import export_transformer
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer, is_unused_parameter
+from acestep_ray.training import frozen
+from acestep_ray.training.frozen import load_frozen
+from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.model import build_transformer, choose_trained
 from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.validation import FIXED_NOISE
@@ -25,6 +28,8 @@ from tests.training.conftest import (
     short_run,
     train_alone,
 )
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -129,10 +134,34 @@ def test_frozen_weights_in_bfloat16_give_the_same_numbers_in_half_the_memory(con
         assert value.dtype == torch.float32
         assert torch.equal(true_weights[name], value), name
     transformer = build_transformer(replace(config, precision="bf16-true"), lora, torch.device("cpu"))
-    frozen = [p for p in transformer.parameters() if not p.requires_grad]
-    in_half = sum(p.numel() for p in frozen if p.dtype == torch.bfloat16)
-    assert in_half > 0.8 * sum(p.numel() for p in frozen)
+    untrained = [p for p in transformer.parameters() if not p.requires_grad]
+    in_half = sum(p.numel() for p in untrained if p.dtype == torch.bfloat16)
+    assert in_half > 0.8 * sum(p.numel() for p in untrained)
     assert all(p.dtype == torch.float32 for p in transformer.parameters() if p.requires_grad)
+
+
+def test_frozen_weights_are_read_into_the_form_that_they_stay_in(config, monkeypatch):
+    config = replace(config, precision="bf16-true")
+    expected = {name: (p.dtype, p.clone()) for name, p in load_frozen(config, CPU).named_parameters()}
+    monkeypatch.setattr(frozen, "store_frozen", lambda *_: None)
+    for name, parameter in load_frozen(config, CPU).named_parameters():
+        dtype, values = expected[name]
+        assert parameter.dtype == dtype, name
+        assert torch.equal(parameter, values), name
+    assert {dtype for dtype, _ in expected.values()} == {torch.float32, torch.bfloat16}
+
+
+def test_doras_magnitudes_are_those_of_the_checkpoints_own_weights(config):
+    lora = DEFAULT_LORA | {"r": 4, "use_dora": True}
+    in_full, in_half = (
+        build_transformer(replace(config, precision=precision), lora, CPU)
+        for precision in ("32", "bf16-true")
+    )
+    found = {name: p for name, p in in_half.named_parameters() if "magnitude" in name}
+    assert found
+    for name, parameter in in_full.named_parameters():
+        if "magnitude" in name:
+            assert torch.equal(found[name], parameter), name
 
 
 def test_half_precision_scales_its_loss_and_resumes_with_the_scale(config, tmp_path):

@@ -16,9 +16,10 @@ from acestep_ray.errors import InputError
 from acestep_ray.export.lora import ADAPTER_NAME, lora_bytes
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.models.transformer_config import TransformerConfig
+from acestep_ray.training.frozen import check_quantisation, store_frozen
 from acestep_ray.training.lora import add_lora
 from acestep_ray.training.lora_config import DEFAULT_LORA
-from acestep_ray.training.model import build_transformer, check_quantisation, store_frozen
+from acestep_ray.training.model import build_transformer
 from tests.models.test_padding import CONFIG, pad, random_song
 from tests.training.conftest import Killed, latest_weights, settings_in, train_alone
 
