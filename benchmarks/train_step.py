@@ -40,7 +40,7 @@ from acestep_ray.training.lora import add_lora
 from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.model import fuse_passes
 from acestep_ray.training.optim import build_optimizer, clip_gradients, set_learning_rate
-from acestep_ray.training.passes import MAX_FRAMES, CapturedPasses
+from acestep_ray.training.passes import MAX_FRAMES, CapturedPasses, Recordings
 from acestep_ray.training.sampler import BatchPlan
 from acestep_ray.training.throughput import peak_flops
 
@@ -139,7 +139,7 @@ class Steps:
         self.optimizer = build_optimizer(self.trained, weight_decay=0.01)
         set_learning_rate(self.optimizer, 1e-5)
         self.model.draws_in_blocks = False
-        self.captured = CapturedPasses(self.losses, self.trained, print) if captured else None
+        self.captured = CapturedPasses(self.losses, self.trained, Recordings(print)) if captured else None
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """The loss of each song, (B,)."""
@@ -165,7 +165,7 @@ class Steps:
 
     def bytes_of_graphs(self) -> int:
         """GPU memory that is counted as nobody's."""
-        return 0 if self.captured is None else self.captured.bytes
+        return 0 if self.captured is None else self.captured.recordings.bytes
 
     def seconds(self, batches: Sequence[TrainingBatch], rounds: int) -> tuple[float, float]:
         """Seconds of a round of steps over `batches`, and of that what the host took to start them."""
@@ -317,7 +317,7 @@ def run_cases(
             except torch.OutOfMemoryError:
                 row = {"step_ms": "no memory"}
             if steps.captured is not None:  # those of the next case need the memory
-                steps.captured.forget()
+                steps.captured.recordings.forget()
             rows.append({"path": path, "case": case, **row})
             show(rows[-1])
             free(device)

@@ -194,7 +194,9 @@ def main() -> None:
         write_cache(folder, checkpoint, arguments.seconds, arguments.device)
     if arguments.released:
         write_released_size(checkpoint)
-    CheckpointDir.open(checkpoint).fingerprint("transformer")  # the first search would read the weights for it
+    CheckpointDir.open(checkpoint).fingerprint(
+        "transformer"
+    )  # the first search would read the weights for it
     rows, losses = [], {}
     for way in arguments.ways:
         row, losses[way] = search(way, arguments, folder)

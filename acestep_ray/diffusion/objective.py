@@ -135,6 +135,11 @@ def flow_matching_losses(transformer: Callable[..., TransformerOutput], batch: T
     )
 
 
+def denoising_losses(transformer: Callable[..., TransformerOutput], batch: TrainingBatch) -> Tensor:
+    """`flow_matching_losses` without those of SSL models, (B,) float32."""
+    return flow_matching_losses(transformer, batch).denoising
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values` (B, N) where `mask` is true, (B,). What lies outside cannot reach the result, even as NaN."""
     return values.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import torch
 from acestep_ray.cache.reader import CacheReader
 from acestep_ray.config import EvaluateConfig
 from acestep_ray.device import check_device_name, resolve_device
+from acestep_ray.diffusion.objective import denoising_losses
 from acestep_ray.diffusion.schedule import training_sigmas
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.candidates import Candidate, find_candidates
@@ -211,7 +213,12 @@ def measure_models(
         transformer = model.load(checkpoint, device)
         with mixed_precision(transformer, config, device):
             losses = fixed_noise_losses(
-                transformer, plan.reader.read, plan.chosen, sigmas, device, say=notes.tell
+                partial(denoising_losses, transformer),
+                plan.reader.read,
+                plan.chosen,
+                sigmas,
+                device,
+                say=notes.tell,
             )
             clips = generate_clips(transformer, codec, songs, folder / CLIPS / model.label, config, device)
         if not all(map(math.isfinite, losses)):

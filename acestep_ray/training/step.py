@@ -12,7 +12,12 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from acestep_ray.diffusion.objective import SampleLosses, TrainingBatch, flow_matching_losses
+from acestep_ray.diffusion.objective import (
+    SampleLosses,
+    TrainingBatch,
+    denoising_losses,
+    flow_matching_losses,
+)
 from acestep_ray.models.flops import Lengths, Trained, model_flops
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.training.batch import counter_seed
@@ -25,7 +30,15 @@ from acestep_ray.training.optim import (
     set_learning_rate,
     step_if,
 )
-from acestep_ray.training.passes import MAX_FRAMES, CapturedPasses, NamedLosses, Passes
+from acestep_ray.training.passes import (
+    MAX_FRAMES,
+    CapturedLosses,
+    CapturedPasses,
+    Losses,
+    NamedLosses,
+    Passes,
+    Recordings,
+)
 from acestep_ray.training.progress import Votes
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
 from acestep_ray.training.settings import WorkerPlace, WorkerSettings
@@ -73,12 +86,14 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "16-mixed")
         self.counted_as_trained = Trained.of(self.transformer)
         self.votes = Votes()
-        self.captured = (
-            CapturedPasses(self.losses_of, self.trained, say)
-            if can_capture(self.transformer, settings, place, plan)
-            else None
-        )
+        self.recordings = Recordings(say) if can_capture(self.transformer, settings, place, plan) else None
         """Where all batches are small, their passes as CUDA graphs."""
+        self.captured: CapturedPasses | None = None
+        self.validation_losses: Losses = self.denoising_losses
+        """For a validation, within `validating`."""
+        if self.recordings is not None:
+            self.captured = CapturedPasses(self.losses_of, self.trained, self.recordings)
+            self.validation_losses = CapturedLosses(self.denoising_losses, self.recordings)
 
     def share(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step that are this worker's."""
@@ -111,7 +126,7 @@ class Learner:
         try:
             return self._accumulate_gradients(step, batches, songs_in_step)
         except torch.OutOfMemoryError:
-            if self.captured is None or not self.captured.release():
+            if self.recordings is None or not self.recordings.release():
                 raise
         # From the start: some of the gradients may have been added.
         self.optimizer.zero_grad(set_to_none=True)
@@ -201,13 +216,17 @@ class Learner:
         dtype = AUTOCAST_DTYPES.get(self.config.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
+    def denoising_losses(self, batch: TrainingBatch) -> Tensor:
+        """As `Losses`, every kernel launched by itself."""
+        with self.autocast():
+            return denoising_losses(self.transformer, batch)
+
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """In mixed precision, without PEFT's dropout."""
+    def validating(self) -> Iterator[None]:
+        """Without PEFT's dropout."""
         self.transformer.eval()
         try:
-            with self.autocast():
-                yield
+            yield
         finally:
             self.transformer.train()
 

@@ -10,10 +10,9 @@ import torch.distributed
 from torch import Tensor
 
 from acestep_ray.cache.schema import CachedSong
-from acestep_ray.diffusion.objective import flow_matching_losses
 from acestep_ray.diffusion.schedule import sigma_index
-from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.training.batch import Draws, build_batch, counter_seed, song_noise
+from acestep_ray.training.passes import Losses
 
 NOISE_LEVELS = 8
 QUARTERS = 4
@@ -41,7 +40,7 @@ def validation_draws(song: CachedSong, sigmas: Tensor, level: int) -> Draws:
 
 @torch.no_grad()
 def fixed_noise_losses(
-    transformer: ACEStepTransformer,
+    losses_of: Losses,
     read: Callable[[int], CachedSong],
     songs: Sequence[int],
     sigmas: Tensor,
@@ -76,7 +75,7 @@ def fixed_noise_losses(
             levels = range(first, min(first + at_once, NOISE_LEVELS))
             draws = [validation_draws(song, sigmas, level) for level in levels]
             batch = build_batch([song] * len(draws), draws, ssl_stride=1, with_ssl=False)
-            loss = flow_matching_losses(transformer, batch.to(device)).denoising
+            loss = losses_of(batch.to(device))
             if counts:
                 losses[place, levels] = loss.double()
     if workers > 1:

@@ -229,7 +229,7 @@ class Trainer:
         speed: dict[str, float] = {}
         if metrics:  # what the GPU had to do for them is done
             speed = self.throughput.metrics(
-                0 if self.learner.captured is None else self.learner.captured.bytes
+                0 if self.learner.recordings is None else self.learner.recordings.bytes
             )
             metrics[max(metrics)].update(speed)
         self.unlogged, self.finite = {}, {}
@@ -268,9 +268,9 @@ class Trainer:
         for name, songs in ((FIXED_NOISE, trained_on), (VALIDATION, list(self.settings.held_out[:SONGS]))):
             if not songs:
                 continue
-            with self.learner.evaluating():
+            with self.learner.validating():
                 losses = fixed_noise_losses(
-                    self.learner.transformer,
+                    self.learner.validation_losses,
                     self.source.read,
                     songs,
                     self.sigmas,
@@ -294,7 +294,7 @@ class Trainer:
         directory = self.samples.path / f"step={state.step}"
         song = self.source.read(0)
         try:
-            with self.learner.evaluating():
+            with self.learner.validating(), self.learner.autocast():
                 sound = write_sample(
                     directory if self.rank == 0 else None,
                     self.learner.transformer,
@@ -353,9 +353,9 @@ class Trainer:
                 self.tracker.close()
             if self.samples is not None:
                 self.samples.close()
-            if self.learner.captured is not None:  # which would wait for the collection of garbage
+            if self.learner.recordings is not None:  # which would wait for the collection of garbage
                 with self.place.turn:
-                    self.learner.captured.forget()
+                    self.learner.recordings.forget()
 
 
 def open_source(settings: WorkerSettings, place: WorkerPlace) -> SongSource:

@@ -9,9 +9,11 @@ import torch
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.training import passes, step
-from acestep_ray.training.passes import CapturedPasses, filled_up
+from acestep_ray.training.passes import CapturedLosses, CapturedPasses, Recordings, filled_up
 from acestep_ray.training.settings import WorkerPlace
+from acestep_ray.training.state import TrainingState
 from acestep_ray.training.step import Learner, can_capture, has_dropout
+from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 from acestep_ray.training.worker import Trainer, build_plan
 from tests.training.conftest import (
     SECONDS,
@@ -24,6 +26,8 @@ from tests.training.conftest import (
     short_run,
     train_alone,
 )
+
+ALONE = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
 
 
 @dataclass
@@ -73,17 +77,20 @@ def settings(checkpoint, tiny_cache, tmp_path):
 def captures(monkeypatch):
     """Lets every run take stand-ins for recordings."""
     monkeypatch.setattr(step, "can_capture", lambda *_: True)
-    monkeypatch.setattr(step, "CapturedPasses", with_stand_ins)
+    monkeypatch.setattr(step, "Recordings", stand_ins)
 
 
-def with_stand_ins(losses_of, trained, say=lambda line: None, capture=Rerun, memory=Memory) -> CapturedPasses:
-    return CapturedPasses(losses_of, trained, say, capture, memory)
+def stand_ins(say=lambda line: None, capture=Rerun, memory=Memory) -> Recordings:
+    return Recordings(say, capture, memory)
+
+
+def with_stand_ins(losses_of, trained, *arguments, **named) -> CapturedPasses:
+    return CapturedPasses(losses_of, trained, stand_ins(*arguments, **named))
 
 
 @pytest.fixture
 def trainer(settings):
-    alone = WorkerPlace(rank=0, workers=1, device=torch.device("cpu"))
-    with Trainer(settings, alone, lambda metrics, place: None, lambda line: None) as trainer:
+    with Trainer(settings, ALONE, lambda metrics, place: None, lambda line: None) as trainer:
         yield trainer
 
 
@@ -137,7 +144,7 @@ def test_a_kind_of_batch_is_recorded_when_it_comes_again_and_never_twice(trainer
         captured(batch, 1.0)
         made.append(Rerun.made)
     assert made == [0, 1, 1, 1]
-    assert captured.bytes == 1000
+    assert captured.recordings.bytes == 1000
     # As long as before once it is filled up, but with other strides between its features.
     other = replace(batch, ssl={name: replace(t, stride=t.stride + 1) for name, t in batch.ssl.items()})
     captured(other, 1.0)
@@ -164,6 +171,57 @@ def test_no_more_are_recorded_than_fit(trainer, monkeypatch):
     for batch in batches_of(trainer, 1) * 3:
         captured(batch, 1.0)
     assert Rerun.made == 0
+
+
+def test_recorded_validations_give_the_losses_of_launched_ones_as_the_weights_change(trainer):
+    learner, batches = trainer.learner, batches_of(trainer, 4)
+    captured = CapturedLosses(learner.denoising_losses, stand_ins())
+    with learner.validating(), torch.no_grad():
+        for _ in range(3):
+            for parameter in learner.trained:
+                parameter.add_(0.02)
+            for batch in batches:
+                torch.testing.assert_close(
+                    captured(batch), learner.denoising_losses(batch), rtol=1e-5, atol=1e-6
+                )
+        kept = captured(batches[0])
+        before = kept.clone()
+        captured(replace(batches[0], noise=2 * batches[0].noise))
+    assert torch.equal(kept, before)
+    assert Rerun.made == len(captured.recordings) > 1
+
+
+def test_training_and_validation_are_recorded_apart(trainer):
+    learner = trainer.learner
+    captured = with_stand_ins(learner.losses_of, learner.trained)
+    validation = CapturedLosses(learner.denoising_losses, captured.recordings)
+    batch, *_ = batches_of(trainer, 1)
+    with learner.validating(), torch.no_grad():
+        validation(batch)
+    captured.begin()
+    captured(batch, 1.0)
+    assert Rerun.made == 0
+    captured(batch, 1.0)
+    assert Rerun.made == 1
+    with learner.validating(), torch.no_grad():
+        validation(batch)
+    assert Rerun.made == 2
+
+
+def test_no_autocast_is_around_several_passes_of_a_validation(settings):
+    """It would keep weights in bfloat16 from one pass to the next, and a recording would read what it kept."""
+    seen = []
+
+    def losses_of(batch):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return torch.zeros(len(batch.sigmas))
+
+    settings = replace(settings, config=replace(settings.config, precision="bf16-mixed"))
+    with Trainer(settings, ALONE, lambda metrics, place: None, lambda line: None) as trainer:
+        trainer.learner.validation_losses = losses_of
+        trainer.validate(TrainingState(step=0, losses={FIXED_NOISE: {}, VALIDATION: {}}))
+    assert seen
+    assert not any(seen)
 
 
 def test_what_no_loss_depends_on_has_no_gradient(trainer):
@@ -235,7 +293,7 @@ def test_what_cannot_be_recorded_is_told_once_and_launched(trainer, error, told)
     assert "CUDA graphs are off" in line
     assert told in line
     assert "more" not in line
-    assert not captured.release()
+    assert not captured.recordings.release()
 
 
 def test_recordings_leave_memory_to_others(trainer):
@@ -293,8 +351,8 @@ def test_a_run_with_recordings_is_the_run_without(settings, tmp_path, monkeypatc
     plain = replace(settings, checkpoints=type(settings.checkpoints).at(tmp_path / "plain"))
     expected, ended = train_alone(plain), []
     monkeypatch.setattr(step, "can_capture", lambda *_: True)
-    monkeypatch.setattr(step, "CapturedPasses", with_stand_ins)
-    monkeypatch.setattr(CapturedPasses, "forget", lambda self: ended.append(len(self.recordings)))
+    monkeypatch.setattr(step, "Recordings", stand_ins)
+    monkeypatch.setattr(Recordings, "forget", lambda self: ended.append(len(self)))
     found = train_alone(settings)
     assert ended == [Rerun.made]
     assert Rerun.made > 0

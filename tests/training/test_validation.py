@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from acestep_ray.cache.reader import CacheReader
+from acestep_ray.diffusion.objective import denoising_losses
 from acestep_ray.diffusion.schedule import training_sigmas
 from acestep_ray.training import validation
 from acestep_ray.training.validation import (
@@ -25,13 +28,14 @@ def reader(tiny_cache):
 
 def test_two_values_of_the_same_model_are_equal_and_of_another_differ(checkpoint, reader):
     transformer = checkpoint.load_transformer().eval()
-    losses = fixed_noise_losses(transformer, reader.read, range(3), SIGMAS, "cpu")
+    losses_of = partial(denoising_losses, transformer)
+    losses = fixed_noise_losses(losses_of, reader.read, range(3), SIGMAS, "cpu")
     torch.rand(5)  # nothing is drawn from the global stream
-    assert fixed_noise_losses(transformer, reader.read, range(3), SIGMAS, "cpu") == losses
+    assert fixed_noise_losses(losses_of, reader.read, range(3), SIGMAS, "cpu") == losses
     assert len(losses) == NOISE_LEVELS
     with torch.no_grad():
         next(transformer.parameters()).add_(0.05)
-    assert fixed_noise_losses(transformer, reader.read, range(3), SIGMAS, "cpu") != losses
+    assert fixed_noise_losses(losses_of, reader.read, range(3), SIGMAS, "cpu") != losses
 
 
 @pytest.mark.parametrize(("most_frames", "passes"), [(1, 8), (90, 4), (150, 3), (1000, 1)])
@@ -39,13 +43,14 @@ def test_noise_levels_of_a_short_song_share_passes_and_have_the_losses_of_each_a
     checkpoint, reader, monkeypatch, most_frames, passes
 ):
     transformer = checkpoint.load_transformer().eval()
+    losses_of = partial(denoising_losses, transformer)
     frames = reader.read(0).latents.shape[-1]
     assert (90 // frames, 150 // frames) == (2, 3)
-    alone = fixed_noise_losses(transformer, reader.read, [0], SIGMAS, "cpu", together=True)
+    alone = fixed_noise_losses(losses_of, reader.read, [0], SIGMAS, "cpu", together=True)
     sizes = []
     transformer.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
     monkeypatch.setattr(validation, "MOST_FRAMES", most_frames)
-    assert fixed_noise_losses(transformer, reader.read, [0], SIGMAS, "cpu") == pytest.approx(alone, rel=1e-5)
+    assert fixed_noise_losses(losses_of, reader.read, [0], SIGMAS, "cpu") == pytest.approx(alone, rel=1e-5)
     assert len(sizes) == passes
     assert sum(sizes) == NOISE_LEVELS
 
