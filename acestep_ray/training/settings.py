@@ -68,6 +68,8 @@ class WorkerPlace:
     """Makes the model; runs of one process may share the base model's weights."""
     turn: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
     """Held while the model is at work: runs of one process share torch's random numbers."""
+    waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    """Gives the turn to others meanwhile."""
 
 
 Report = Callable[[dict[str, float], "Store | None"], None]

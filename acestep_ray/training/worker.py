@@ -321,6 +321,7 @@ class Trainer:
         """Write a checkpoint, while training goes on unless `wait`, and report it."""
         if self.learner.scaler.is_enabled():
             state.loss_scale = self.learner.scaler.state_dict()
+        self.finish_writing()
         # With whole parameters on every worker, the first one's are enough.
         snapshot = None
         if self.rank == 0 or self.learner.together:
@@ -328,7 +329,7 @@ class Trainer:
             snapshot = take_snapshot(self.learner.transformer, self.learner.optimizer, files)
         place = self.checkpoints.save(snapshot, state) if snapshot is not None else None
         if wait:
-            self.checkpoints.finish()
+            self.finish_writing()
         metrics: dict[str, float] = {"step": state.step}
         if "last" in state.losses:
             metrics["loss"] = state.losses["last"]
@@ -336,6 +337,11 @@ class Trainer:
             if state.losses[name]:
                 metrics[name] = list(state.losses[name].values())[-1]
         self.report(metrics, place)
+
+    def finish_writing(self) -> None:
+        """Wait until the last checkpoint is written. Raises AceStepError when it could not be."""
+        with self.place.waiting():
+            self.checkpoints.finish()
 
     def __enter__(self) -> Trainer:
         return self

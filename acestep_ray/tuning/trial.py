@@ -82,6 +82,7 @@ def start_loop(
 ) -> SteppedLoop:
     """Begin or continue a trial as the only worker of its run, in a thread of this process."""
     settings = trial_settings(plan, name, params, mlflow_run)
+    waiting = contextlib.nullcontext if turns is None else turns.given_up
     place = WorkerPlace(
         rank=0,
         workers=1,
@@ -89,13 +90,14 @@ def start_loop(
         asked_to_stop=plan.stop.asked,
         build=build,
         turn=turns or contextlib.nullcontext(),
+        waiting=waiting,
     )
 
     def work(report: Callable[[Measured], None]) -> dict[str, Any]:
         def report_validation(metrics: dict[str, float], _checkpoint: Store | None) -> None:
             measured = read_measured(metrics, settings)
             if measured is not None:
-                with contextlib.nullcontext() if turns is None else turns.given_up():
+                with waiting():
                     report(measured)
 
         return train_worker(settings, place, report_validation, partial(say_warnings, plan.say, name))

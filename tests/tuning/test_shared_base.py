@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -184,3 +186,25 @@ def test_an_error_of_one_trial_is_its_own(plan, monkeypatch):
     with contextlib.suppress(Exception):
         failing.stop()
     other.stop()
+
+
+def test_others_work_while_a_trials_checkpoint_is_written(plan, monkeypatch):
+    turns, others_worked, waited = Turns(), threading.Event(), []
+    write = Checkpoints._write
+
+    def slowly(self, snapshot, values):
+        if "low" in self.store.url and values["step"] == plan.total_steps:
+            waited.append(others_worked.wait(20))
+        write(self, snapshot, values)
+
+    monkeypatch.setattr(Checkpoints, "_write", slowly)
+    low, high = (start_loop(plan, name, TRIALS[name], None, CPU, turns=turns) for name in ("low", "high"))
+    assert low.next()["step"] == high.next()["step"] == 2
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(low.next)  # waits for what it writes
+        assert high.next()["step"] == 4
+        others_worked.set()
+        assert last.result()["step"] == 4
+    assert waited == [True]
+    low.stop()
+    high.stop()
