@@ -75,11 +75,10 @@ def main(arguments: Sequence[str]) -> int:
         # The last resort: a fault of ours or of the machine, told in a line; the traceback is for who asks.
         if switches.debug:
             traceback.print_exc()
-        show_error(
-            "fault",
-            f"{type(error).__name__}: {error}\n"
-            "  → run again with --debug for the traceback, with -v for what Ray and its workers say",
-        )
+        advice = "run again with --debug for the traceback, with -v for what Ray and its workers say"
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
+            advice = "look with nvidia-smi for other programs on the GPU, or give --device cpu"
+        show_error("fault", f"{type(error).__name__}: {error}\n  → {advice}")
         return EXIT_FAULT
     return EXIT_DONE
 

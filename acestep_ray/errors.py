@@ -39,6 +39,10 @@ class InputError(AceStepError):
         return _rebuild_input_error, (self.what, self.where, self.fix)
 
 
+class GpuMemoryError(AceStepError):
+    """A run needs more GPU memory than there is."""
+
+
 def _rebuild_input_error(what: str, where: str | None, fix: str | None) -> InputError:
     return InputError(what, where=where, fix=fix)
 

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from acestep_ray import cli
 from acestep_ray.errors import AceStepError, InputError
@@ -160,6 +161,7 @@ def test_a_variable_that_names_no_setting_is_a_mistake(jobs, capsys, monkeypatch
         (InputError("no such file", where="song.wav", fix="look again"), 2, "error: no such file: song.wav"),
         (AceStepError("the disk is full"), 1, "error: the disk is full"),
         (ZeroDivisionError("division by zero"), 1, "fault: ZeroDivisionError: division by zero"),
+        (torch.OutOfMemoryError("CUDA: full"), 1, "OutOfMemoryError: CUDA: full\n  → look with nvidia-smi"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

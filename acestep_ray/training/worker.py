@@ -18,6 +18,7 @@ from acestep_ray.errors import AceStepError
 from acestep_ray.export.lora import lora_files
 from acestep_ray.tracking import Tracker
 from acestep_ray.training.batch import ConditionDropout, build_batch, draw
+from acestep_ray.training.gpu_memory import memory_told
 from acestep_ray.training.progress import Progress
 from acestep_ray.training.sampler import BatchPlan, MicroBatch
 from acestep_ray.training.samples import SampleFolder, write_sample
@@ -54,7 +55,15 @@ class TrainingDivergedError(AceStepError):
 def train_worker(
     settings: WorkerSettings, place: WorkerPlace, report: Report, say: Say = print
 ) -> dict[str, Any]:
-    """Train from the latest checkpoint to the last step; returns the run's losses, and its step."""
+    """Train from the latest checkpoint to the last step; returns the run's losses, and its step.
+
+    Raises TrainingDivergedError, GpuMemoryError, and InputError for what the settings name.
+    """
+    with memory_told(settings.config, is_lora=settings.lora is not None):
+        return _train(settings, place, report, say)
+
+
+def _train(settings: WorkerSettings, place: WorkerPlace, report: Report, say: Say) -> dict[str, Any]:
     with place.turn:
         trainer = Trainer(settings, place, report, say)
     with trainer:

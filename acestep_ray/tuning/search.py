@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -224,13 +225,20 @@ class Recorder(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note a failure that was one too many."""
-        lines = (trial.get_error() or "its process ended").strip().splitlines()
-        self._end(trial.config["name"], FAILED, lines[-1])
+        self._end(trial.config["name"], FAILED, last_error(trial.get_error() or "its process ended"))
 
     def _end(self, name: str, state: str, error: str | None = None) -> None:
         self.records.end(name, state, error)
         self.ended(self.records[name])
         self.changed()
+
+
+def last_error(trace: str) -> str:
+    """What a traceback ends with: the error's message, without a type of ours before it."""
+    lines = trace.strip().splitlines()
+    starts = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*: ", line)]
+    message = "\n".join(lines[starts[-1] :] if starts else lines[-1:])
+    return re.sub(r"^acestep_ray\.[\w.]+: ", "", message)
 
 
 class StopWhenAsked(Stopper):

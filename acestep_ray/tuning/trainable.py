@@ -14,7 +14,7 @@ from ray import tune
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError, RayTaskError
 
-from acestep_ray.errors import AceStepError
+from acestep_ray.errors import AceStepError, GpuMemoryError
 from acestep_ray.ray_runtime import StopSignal
 from acestep_ray.tuning.loop import Measured, SteppedLoop
 
@@ -67,6 +67,9 @@ class TrialActor(tune.Trainable):
             self.loop = self.begin()
         try:
             measured = self.loop.next()
+        except GpuMemoryError as error:
+            self.cleanup()  # started again, it may find more: other trials will have ended
+            raise GpuMemoryError(f"{error}, or {self.fewer_at_once}") from error
         except AceStepError as error:
             return {**NOTHING, "error": str(error), "done": True}
         except Exception:
@@ -83,6 +86,13 @@ class TrialActor(tune.Trainable):
         outcome = self.loop.outcome
         assert outcome is not None, "a loop that has ended has one"
         return {**last_measured(outcome), "is_last": True, "done": True}
+
+    @property
+    def fewer_at_once(self) -> str:
+        """How trials that share a GPU need less of its memory."""
+        return "fewer trials at a time (a larger --gpus_per_trial)" + (
+            "" if self.hosts else ", or --share_base"
+        )
 
     def begin(self) -> SteppedLoop | TrainRun | HostedLoop:
         """Begin or continue the run of the trial."""

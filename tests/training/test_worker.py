@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load
 
 from acestep_ray.cache.index import CacheIndex
-from acestep_ray.errors import AceStepError
+from acestep_ray.errors import AceStepError, GpuMemoryError
 from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.storage import StorageError, Store
 from acestep_ray.training import state as state_module
 from acestep_ray.training import worker
+from acestep_ray.training.gpu_memory import ways_to_save
 from acestep_ray.training.settings import WorkerPlace, WorkerSettings
 from acestep_ray.training.state import OPTIMIZER_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoints
 from acestep_ray.training.worker import TrainingDivergedError, build_plan, train_worker
@@ -35,6 +36,8 @@ from tests.training.conftest import (
 )
 
 RATES = ("steps_per_second", "songs_per_second", "audio_seconds_per_second", "tflops", "data_wait")
+
+OFFLOAD = "--cpu_offload true"
 
 
 @pytest.fixture
@@ -184,6 +187,44 @@ def test_a_sample_that_fails_is_told_and_ends_nothing(settings, monkeypatch):
     assert "step 6: OutOfMemoryError: CUDA out of memory" in warning
     assert Checkpoints(settings.checkpoints).steps()[-1] == 6
     assert not list(settings.samples.path.rglob("*.wav"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_lora", "ways"),
+    [
+        ({}, True, ["--activation_checkpointing 1", "--quantize_base nf4"]),
+        ({"batch_size": 4, "activation_checkpointing": 1.0}, True, ["--batch_size 1", "--quantize_base nf4"]),
+        (
+            {"batch_frames": 9000, "quantize_base": "int8"},
+            True,
+            ["--batch_frames below 9000", "--activation_checkpointing 1"],
+        ),
+        (
+            {"activation_checkpointing": 0.5},
+            False,
+            ["--activation_checkpointing 1", "more --devices", OFFLOAD],
+        ),
+        ({"cpu_offload": True, "activation_checkpointing": 1.0}, False, ["more --devices"]),
+    ],
+)
+def test_what_is_left_to_do_about_memory_follows_from_the_settings(settings, changes, is_lora, ways):
+    config = replace(settings.config, **{"batch_size": 1, "activation_checkpointing": 0.0, **changes})
+    assert ways_to_save(config, is_lora=is_lora)[:-1] == ways
+
+
+def test_a_gpu_that_is_too_small_is_told(settings, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 64.00 MiB. GPU 0 has 15.56 MiB free. If reserved but unallocated "
+            "memory is large try setting PYTORCH_ALLOC_CONF"
+        )
+
+    monkeypatch.setattr(worker.Trainer, "train_step", fail)
+    with pytest.raises(GpuMemoryError) as raised:
+        train_alone(settings)
+    reason, advice = str(raised.value).splitlines()
+    assert reason.endswith("Tried to allocate 64.00 MiB. GPU 0 has 15.56 MiB free.")
+    assert all(way in advice for way in ways_to_save(settings.config, is_lora=True))
 
 
 def test_state_is_plain_json_with_the_step(settings):

@@ -20,7 +20,7 @@ from acestep_ray.tuning.records import (
     Records,
     check_same_search,
 )
-from acestep_ray.tuning.search import OptunaTPE, Recorder, TrialSearch, build_scheduler, teach
+from acestep_ray.tuning.search import OptunaTPE, Recorder, TrialSearch, build_scheduler, last_error, teach
 from acestep_ray.tuning.space import read_space
 
 SPACE = read_space(None, {"targets": "attention", "alpha": "2r", "dropout": "0", "ssl_coeff": "0"})
@@ -195,6 +195,26 @@ def test_what_becomes_of_trials_is_noted_and_read_back(tmp_path):
     assert (found["trial-0004"].failures, found["trial-0004"].error) == (1, "Killed: -9")
     assert found["trial-0000"].validations == [measured(16, 0.4)]
     assert ended == ["trial-0000", "trial-0001", "trial-0002", "trial-0004"]
+
+
+@pytest.mark.parametrize(
+    ("trace", "expected"),
+    [
+        ("its process ended", "its process ended"),
+        ("Trace\nKilled: -9\n", "Killed: -9"),
+        (
+            "ray.exceptions.RayTaskError: step()\n  File 'x.py', line 1: y\n"
+            "acestep_ray.errors.GpuMemoryError: too small\n  → --share_base",
+            "too small\n  → --share_base",
+        ),
+        (
+            "Trace\n  File 'x.py'\ntorch.OutOfMemoryError: CUDA out of memory. GPU 0: full",
+            "torch.OutOfMemoryError: CUDA out of memory. GPU 0: full",
+        ),
+    ],
+)
+def test_a_trials_error_is_told_whole_and_without_its_trace(trace, expected):
+    assert last_error(trace) == expected
 
 
 def test_trials_are_ranked_by_their_lowest_validation_and_failed_ones_are_none(tmp_path):

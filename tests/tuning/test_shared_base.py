@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from safetensors.torch import load_file
 
 from acestep_ray.config import TrainConfig
+from acestep_ray.errors import GpuMemoryError
 from acestep_ray.storage import Store
 from acestep_ray.training.lora_config import DEFAULT_LORA
 from acestep_ray.training.model import build_transformer
@@ -179,13 +180,32 @@ def test_an_error_of_one_trial_is_its_own(plan, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     failing = start_loop(plan, "low", TRIALS["low"], None, CPU, build=fail, turns=turns)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(GpuMemoryError, match="CUDA out of memory"):
         failing.next()
     other = start_loop(plan, "high", TRIALS["high"], None, CPU, turns=turns)
     assert other.next()["step"] == 2
     with contextlib.suppress(Exception):
         failing.stop()
     other.stop()
+
+
+@pytest.mark.parametrize("hosts", [[], [HostStandIn(True)]])
+def test_a_trial_that_finds_too_little_memory_is_started_again_and_says_what_would_leave_more(hosts):
+    def fail():
+        raise GpuMemoryError("too small")
+
+    actor = object.__new__(trainable.TrialActor)
+    ended = []
+    actor.hosts, actor.workers, actor.loop = (
+        hosts,
+        1,
+        SimpleNamespace(next=fail, stop=lambda: ended.append(True)),
+    )
+    with pytest.raises(GpuMemoryError, match="too small, or fewer trials at a time") as raised:  # for Tune
+        actor.step()
+    assert ended == [True]
+    assert actor.loop is None
+    assert ("--share_base" in str(raised.value)) == (not hosts)
 
 
 def test_others_work_while_a_trials_checkpoint_is_written(plan, monkeypatch):
