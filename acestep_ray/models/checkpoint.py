@@ -93,9 +93,8 @@ class CheckpointDir:
     ) -> ACEStepTransformer:
         """The transformer in `dtype`, trainable, one copy in memory; parameters that it never uses are left out.
 
-        `dtype` may be a function of the module that a parameter belongs to.
-        `directory` holds a fine-tuned one, to be taken instead. Raises `InputError` with every missing, unexpected or
-        misshapen name.
+        `dtype` may be a function of the module that a parameter belongs to. `directory` holds a fine-tuned one, to be
+        taken instead. Raises `InputError` with every missing, unexpected or misshapen name.
         """
         directory = self.path / TRANSFORMER if directory is None else Path(directory)
         transformer = build_on_meta(lambda: ACEStepTransformer(self.transformer_config), directory)

@@ -1,5 +1,4 @@
-"""Passes of a LoRA as CUDA graphs: for small batches, which a GPU computes sooner than the host
-starts their kernels.
+"""Passes of a LoRA as CUDA graphs: for small batches, which a GPU computes sooner than the host starts their kernels.
 
 Lengths are filled up to a few sizes, each of which is recorded once. What is filled up is masked, so that losses and
 gradients stay what they are, but for rounding.
@@ -186,7 +185,12 @@ class CapturedLosses:
         def run(*tensors: Tensor) -> list[Tensor]:
             return [self.losses_of(_with_tensors(batch, tensors))]
 
-        (losses,) = self.recordings(("validation", *_kind_of(batch)), run, batch.tensors())
+        try:
+            (losses,) = self.recordings(("validation", *_kind_of(batch)), run, batch.tensors())
+        except torch.OutOfMemoryError:
+            if not self.recordings.release():
+                raise
+            (losses,) = run(*batch.tensors())
         return losses.clone()
 
 

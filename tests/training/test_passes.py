@@ -308,6 +308,28 @@ def test_recordings_leave_memory_to_others(trainer):
     assert_same_gradients(found, gradients(learner, learner.add_gradients, batches))
 
 
+def test_a_validation_that_finds_no_memory_does_without_recordings(trainer):
+    learner, calls = trainer.learner, []
+    batch, *_ = batches_of(trainer, 1)
+
+    def fail_third(given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return learner.denoising_losses(given)
+
+    captured = CapturedLosses(fail_third, stand_ins())
+    with learner.validating(), torch.no_grad():
+        found = [captured(batch) for _ in range(3)]
+        assert len(calls) == 4
+        assert not captured.recordings.recordings
+        for losses in found:
+            torch.testing.assert_close(losses, learner.denoising_losses(batch), rtol=1e-5, atol=1e-6)
+        calls[:] = [batch] * 2
+        with pytest.raises(torch.OutOfMemoryError):
+            captured(batch)
+
+
 def test_a_step_that_finds_no_memory_begins_again_without_recordings(captures, trainer):
     """It fails in its second pass, when the first has added its gradients."""
     learner = trainer.learner
