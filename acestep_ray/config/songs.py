@@ -13,15 +13,20 @@ class PrepareConfig:
     """A folder of songs, a CSV or a JSON-lines file becomes a dataset."""
 
     GROUPS: ClassVar[Groups] = {
-        "songs and dataset": ("data_dir", "output_dir"),
+        "songs and dataset": ("data_dir", "output_dir", "texts", "tag_metas"),
         "repeats and splits": ("repeat_count", "test_fraction", "seed"),
     }
 
     data_dir: str
-    """Folder of audio with NAME_prompt.txt and NAME_lyrics.txt beside each file, or a .csv or .jsonl file; a path or a
-    URL."""
+    """Folder of audio with texts beside each file (of this project, ACE-Step 1.5, Side-Step, ai-toolkit), a table
+    (.csv, .jsonl, .json, .parquet), a WebDataset, or a Hugging Face dataset with audio inside; a path or a URL."""
     output_dir: str
     """Where the dataset is written (a Hugging Face `datasets` directory): a path or a URL."""
+    texts: str = "auto"
+    """What NAME.txt beside a song holds: `v1` tags, `v15` lyrics, `side-step` lines, `ai-toolkit` markup, `caption` a
+    description, `auto` by its content."""
+    tag_metas: bool = False
+    """Add tempo and key (`96 bpm`, `A minor`) to the tags, for ACE-Step v1, which has no other place for them."""
     repeat_count: int = 1
     """How many times each song appears in the dataset; repeats get keys of their own."""
     test_fraction: float = 0.0
@@ -35,7 +40,7 @@ class PrecomputeConfig:
     """Runs the frozen models once over songs and writes the feature cache."""
 
     GROUPS: ClassVar[Groups] = {
-        "songs and cache": ("dataset_path", "split", "output_dir", "retry_rejects"),
+        "songs and cache": ("dataset_path", "split", "texts", "tag_metas", "output_dir", "retry_rejects"),
         "models and precision": ("checkpoint_dir", "features", "device", "precision"),
         "what of each song": (
             "window",
@@ -65,13 +70,17 @@ class PrecomputeConfig:
     }
 
     dataset_path: str
-    """Dataset that `prepare` wrote, a folder of songs, or a .csv or .jsonl file; a path or a URL."""
+    """Dataset that `prepare` wrote, a folder of songs, or a table (.csv, .jsonl, .json, .parquet); a path or a URL."""
     checkpoint_dir: str
     """Checkpoint directory in the released layout."""
     output_dir: str
     """Where the feature cache is written: a path or a URL."""
     split: str = "train"
     """Split to read when the dataset has several."""
+    texts: str = "auto"
+    """What NAME.txt beside a song of a folder holds, as in `prepare`: auto, v1, v15, side-step, ai-toolkit, caption."""
+    tag_metas: bool = False
+    """Add tempo and key of a song to its tags, for ACE-Step v1."""
     features: str = "latents,text,ssl"
     """Groups of features to compute, with commas between them; `text` is prompts and lyrics."""
     window: str = "first"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 
+from acestep_ray.data.same_names import find_file
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store, StoredFile, is_url
 
@@ -16,7 +17,8 @@ def locate_file(root: Store, filename: str) -> StoredFile:
     """The file that a row names: relative to `root`, an absolute path on this machine, or a URL with `://`.
 
     Only `/` separates folders; a backslash is a character like any other. Symbolic links are followed, also those
-    that lead out of a local `root`: whoever made the dataset made the links. The file need not exist.
+    that lead out of a local `root`: whoever made the dataset made the links. The file need not exist; where it does
+    not, one whose name is the same to a person is taken (`same_names`).
 
     Raises InputError if the name is empty or malformed, if its `..` lead out of `root`, and where a source from the
     Hub or the web names a file of this machine or of a bucket.
@@ -24,7 +26,7 @@ def locate_file(root: Store, filename: str) -> StoredFile:
     if not filename.strip() or "\0" in filename:
         raise InputError("a file name is empty or malformed", where=repr(filename))
     if is_url(filename) or filename.startswith("/"):
-        return _within_reach(StoredFile.at(filename), root)
+        return _within_reach(find_file(StoredFile.at(filename)), root)
     name = posixpath.normpath(filename)
     if name in (".", "..") or name.startswith("../"):
         raise InputError(
@@ -32,22 +34,25 @@ def locate_file(root: Store, filename: str) -> StoredFile:
             where=filename,
             fix=f"keep the file inside {root.url}, or give its absolute path or URL",
         )
-    return root.file(name)
+    return find_file(root.file(name))
 
 
 def file_at(filename: str, folder: Store) -> StoredFile:
-    """The file that a source names: by a URL, an absolute path, or relative to its folder.
+    """The file that a source names: by a URL, an absolute path, or relative to its folder; see `locate_file` for one
+    that does not exist.
 
     Raises InputError for a URL that cannot be used, and where a source from the Hub or the web names a file of this
     machine or of a bucket.
     """
     if is_url(filename):
-        return _within_reach(StoredFile.at(filename), folder)
+        return _within_reach(find_file(StoredFile.at(filename)), folder)
     if folder.is_local or os.path.isabs(filename):
         path = os.path.normpath(os.path.join(folder.url if folder.is_local else "", filename))
-        return _within_reach(StoredFile.at(path), folder)
+        inside = path.removeprefix(f"{folder.url.rstrip('/')}/")
+        file = folder.file(inside) if folder.is_local and inside != path else StoredFile.at(path)
+        return _within_reach(find_file(file), folder)
     protocol, _, path = folder.url.partition("://")
-    return StoredFile.at(f"{protocol}://{posixpath.normpath(posixpath.join(path, filename))}")
+    return find_file(StoredFile.at(f"{protocol}://{posixpath.normpath(posixpath.join(path, filename))}"))
 
 
 def _within_reach(file: StoredFile, root: Store) -> StoredFile:

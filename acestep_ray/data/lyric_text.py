@@ -48,6 +48,14 @@ class LyricNotes:
             self._counts[note.what] = self._counts.get(note.what, 0) + note.number
             self._numbers[note.what] = self._numbers.get(note.what, 0) + 1
 
+    def update(self, other: LyricNotes) -> None:
+        """Add the notes that another collection holds."""
+        for what, names in other._songs.items():
+            known = self._songs.setdefault(what, [])
+            known += names[: _NAMED_SONGS - len(known)]
+            self._counts[what] = self._counts.get(what, 0) + other._counts[what]
+            self._numbers[what] = self._numbers.get(what, 0) + other._numbers[what]
+
     def warnings(self) -> list[str]:
         """One line for each kind, with the number of songs and the names of the first."""
         lines = []

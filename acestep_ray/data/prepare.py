@@ -12,8 +12,9 @@ import os
 import posixpath
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -24,15 +25,13 @@ from datasets import Dataset, DatasetDict, disable_progress_bars
 from acestep_ray.config import PrepareConfig
 from acestep_ray.data.dataset_folder import MARKER, Copies, FilePlaces, write_dataset
 from acestep_ray.data.file_names import file_at
-from acestep_ray.data.schema import dataset_features
-from acestep_ray.data.sources import (
-    TABLE_SUFFIXES,
-    Findings,
-    SourceSong,
-    place_of,
-    songs_of_folder,
-    songs_of_table,
-)
+from acestep_ray.data.findings import Findings
+from acestep_ray.data.layouts import TEXT_LAYOUTS
+from acestep_ray.data.saved import is_dataset, songs_of_dataset
+from acestep_ray.data.schema import OPTIONAL_COLUMNS, dataset_features, with_metas
+from acestep_ray.data.sources import SourceSong, place_of, songs_of_folder, songs_of_table
+from acestep_ray.data.tables import TABLE_SUFFIXES
+from acestep_ray.data.unpacking import find_packed, unpacked
 from acestep_ray.errors import InputError
 from acestep_ray.storage import AccessDeniedError, Store, StoredFile, is_url
 from acestep_ray.terminal import Progress, fact_table
@@ -57,6 +56,8 @@ class PrepareSummary:
     splits: dict[str, int]
     without_lyrics: int
     warnings: list[str]
+    layouts: list[str] = field(default_factory=list)
+    """What the texts were taken for, a line for each kind: `120 songs in ACE-Step 1.5's layout`."""
 
     def render(self) -> str:
         """The summary in a few lines for a terminal; the first 20 warnings are shown."""
@@ -68,6 +69,7 @@ class PrepareSummary:
                 ("dataset", self.output_dir),
                 ("songs", f"{self.songs} ({self.without_lyrics} without lyrics)"),
                 ("rows", ", ".join(f"{rows} {name}" for name, rows in self.splits.items())),
+                *(("texts", layout) for layout in self.layouts),
                 *(("warning", warning) for warning in warnings),
             ]
         )
@@ -83,13 +85,27 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     not UTF-8, no songs at all.
     """
     source, output = _resolved(config.data_dir), Store.at(_resolved(config.output_dir))
-    table = _check_settings(config, source)
-    folder = Store.at(source) if table is None else table.store
-    _check_output(source, folder, output)
+    _check_values(config)
     findings = Findings()
-    songs = list(songs_of_folder(folder, findings) if table is None else songs_of_table(table, findings))
+    packed = find_packed(source)
+    if packed is None:
+        return _prepare(config, source, output, findings)
+    _check_output(source, Store.at(source), output)
+    with unpacked(packed, output, findings) as place:
+        return _prepare(config, place, output, findings, packed.kind)
+
+
+def _prepare(
+    config: PrepareConfig, source: str, output: Store, findings: Findings, kind: str = ""
+) -> PrepareSummary:
+    """Write the dataset of the songs at `source`, which came out of a packed source of some `kind`."""
+    table = _table_at(source)
+    folder = Store.at(source) if table is None else table.store
+    if not kind:
+        _check_output(source, folder, output)
+    songs = list(_songs_at(source, folder, table, findings, config.texts))
     if not songs and not findings.problems:
-        raise InputError("there are no songs", where=source, fix=_expected_in(table))
+        raise InputError("there are no songs", where=config.data_dir, fix=_expected_in(table))
     # Of a folder in object storage the listing has told what is there.
     is_checked = table is not None or folder.is_local
     with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
@@ -97,30 +113,50 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
         for song, problems in zip(Progress("checking", len(songs), "songs").over(songs), found, strict=False):
             findings.problems += [*song.problems, *problems]
     _check_keys(songs, findings)
-    _stop_on_problems(findings, source)
+    _stop_on_problems(findings, config.data_dir if kind else source)
     test_keys = _choose_test_songs([song.key for song in songs], config.test_fraction, config.seed)
     disable_progress_bars()  # of `datasets`: ours tells how far it is
     splits = write_dataset(output, partial(_write, songs, folder, test_keys, config))
+    layouts = findings.layout_lines()
+    if kind:
+        layouts = [f"{len(songs):,} song{'s' * (len(songs) != 1)} in {kind}", *([] if table else layouts)]
     return PrepareSummary(
         output_dir=output.url,
         songs=len(songs),
         rows=sum(splits.values()),
         splits=splits,
-        without_lyrics=sum(not song.lyrics for song in songs),
+        without_lyrics=sum(not song.texts.lyrics for song in songs),
         warnings=findings.warnings,
+        layouts=layouts,
     )
+
+
+def _songs_at(
+    source: str, folder: Store, table: StoredFile | None, findings: Findings, layout: str
+) -> Iterator[SourceSong]:
+    if table is not None:
+        return songs_of_table(table, findings)
+    if is_dataset(folder):
+        return songs_of_dataset(folder, findings)
+    return songs_of_folder(folder, findings, layout)
 
 
 def _resolved(place: str) -> str:
     return place if is_url(place) else str(Path(place).resolve())
 
 
-def _check_settings(config: PrepareConfig, source: str) -> StoredFile | None:
-    """Raise InputError for settings that cannot be used; returns the table of songs, or None for a folder."""
+def _check_values(config: PrepareConfig) -> None:
+    """Raise InputError for settings that cannot be used."""
+    if config.texts not in TEXT_LAYOUTS:
+        raise InputError(f"--texts is {config.texts!r}", fix=f"choose from {', '.join(TEXT_LAYOUTS)}")
     if config.repeat_count < 1:
         raise InputError("--repeat_count must be at least 1", where=str(config.repeat_count))
     if not 0 <= config.test_fraction < 1:
         raise InputError("--test_fraction must be at least 0 and below 1", where=str(config.test_fraction))
+
+
+def _table_at(source: str) -> StoredFile | None:
+    """The table of songs at `source`, or None for a folder. Raises InputError where there is neither."""
     is_named_as_table = source.lower().endswith(TABLE_SUFFIXES)
     if is_named_as_table and (table := StoredFile.at(source)).status() is not None:
         return table
@@ -256,22 +292,28 @@ def _write(
 ) -> dict[str, int]:
     """Writes the rows to `directory`, and the songs' files to `dataset`; returns the number of rows of each split."""
     audio, speakers = FilePlaces(dataset, "audio", copies), FilePlaces(dataset, "speakers", copies)
-    recaption_names = {name for song in songs for name in song.recaption}
-    language = any(song.language for song in songs)
+    recaption_names = {name for song in songs for name in song.texts.recaption}
+    optional = [
+        name
+        for name in OPTIONAL_COLUMNS
+        if any(getattr(song.texts, name) not in ("", None) for song in songs)
+    ]
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for song in Progress("copying", len(songs), "songs").over(songs):
         row = {
             "filename": audio.add(file_at(song.filename, folder), place_of(song.filename, folder)),
-            "tags": song.tags,
-            "norm_lyrics": song.lyrics,
+            "tags": song.texts.tags,
+            "norm_lyrics": song.texts.lyrics,
             "speaker_emb_path": _stored_speaker(song, folder, speakers),
-            "recaption": song.recaption,  # a dict in every row, also without recaptions: readers call its methods
+            # A dict in every row, also without recaptions: readers call its methods.
+            "recaption": song.texts.recaption,
+            **{name: getattr(song.texts, name) for name in optional},
         }
-        if language:
-            row["language"] = song.language
+        if config.tag_metas:
+            row = with_metas(row)
         split = rows["test" if song.key in test_keys else "train"]
         split.extend({"keys": key} | row for key in _repeated_keys(song.key, config.repeat_count))
-    features = dataset_features(recaption_names, language=language)
+    features = dataset_features(recaption_names, optional)
     if test_keys:
         splits = {name: Dataset.from_list(split, features=features) for name, split in rows.items()}
         DatasetDict(splits).save_to_disk(directory)

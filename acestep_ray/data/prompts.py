@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from acestep_ray.data.schema import CAPTION
+
 MAX_CHARACTERS = 256
 """A prompt is cut after this many characters."""
 
@@ -28,10 +30,15 @@ def prompt_variants(
     """`shuffles` different orders of the tags, joined with ", ", then each recaption; all cut at 256 characters.
 
     `shuffles` is at least 1. Where the tags have fewer orders, each order once; without tags the one prompt
-    "music". A pure function of its arguments; fewer shuffles give the first of what more shuffles give.
+    "music", unless a recaption is the song's caption. A pure function of its arguments; fewer shuffles give the first
+    of what more shuffles give.
     """
     texts = dict.fromkeys(", ".join(order)[:MAX_CHARACTERS] for order in _orders(tags, key, shuffles, seed))
-    variants = [PromptVariant("tags", text or PROMPT_WITHOUT_TAGS) for text in texts]
+    variants = [
+        PromptVariant("tags", text or PROMPT_WITHOUT_TAGS)
+        for text in texts
+        if text or not recaption.get(CAPTION, "").strip()
+    ]
     variants += [
         PromptVariant(f"recaption/{name}", recaption[name].strip()[:MAX_CHARACTERS])
         for name in sorted(recaption)

@@ -23,8 +23,21 @@ if TYPE_CHECKING:
     import datasets
 
 REQUIRED_COLUMNS = ("keys", "filename")
-COLUMNS = (*REQUIRED_COLUMNS, "tags", "norm_lyrics", "speaker_emb_path", "recaption", "language")
+OPTIONAL_COLUMNS = {
+    "language": "string",
+    "caption": "string",
+    "bpm": "int32",
+    "keyscale": "string",
+    "timesignature": "string",
+    "instrumental": "bool",
+}
+"""Columns that a dataset has where a song has a value for them, with their types."""
+
+COLUMNS = (*REQUIRED_COLUMNS, "tags", "norm_lyrics", "speaker_emb_path", "recaption", *OPTIONAL_COLUMNS)
 """All that a row may have; others are left alone."""
+
+CAPTION = "caption"
+"""Name of the recaption that a caption is for a model that is prompted with tags."""
 
 # An Arrow struct cannot be without fields; a dataset without any recaption gets this one, always null.
 FALLBACK_RECAPTION = "simplified"
@@ -79,8 +92,9 @@ class RejectReason(str, Enum):
         return self.value
 
 
-def dataset_features(recaption_names: Iterable[str] = (), *, language: bool = False) -> datasets.Features:
-    """Columns of a dataset. `recaption` is a struct with one nullable string for every name in use.
+def dataset_features(recaption_names: Iterable[str] = (), optional: Iterable[str] = ()) -> datasets.Features:
+    """Columns of a dataset. `recaption` is a struct with one nullable string for every name in use; `optional` are
+    the names in `OPTIONAL_COLUMNS` that are in use.
 
     A row reads as a plain dict, with None for the recaptions it lacks, as in a dataset made with
     `Dataset.from_list`. Without any name the struct has the single field `simplified`.
@@ -97,8 +111,7 @@ def dataset_features(recaption_names: Iterable[str] = (), *, language: bool = Fa
         "speaker_emb_path": Value("string"),
         "recaption": {name: Value("string") for name in names},
     }
-    if language:
-        columns["language"] = Value("string")
+    columns |= {name: Value(OPTIONAL_COLUMNS[name]) for name in OPTIONAL_COLUMNS if name in set(optional)}
     return Features(columns)
 
 
@@ -111,9 +124,33 @@ def row_tags(row: Mapping[str, Any]) -> list[str]:
 
 
 def row_recaption(row: Mapping[str, Any]) -> dict[str, str]:
-    """Recaptions of a row by name; those that are None, blank or no text are dropped."""
+    """Recaptions of a row by name; those that are None, blank or no text are dropped.
+
+    The caption of a row without tags is one of them.
+    """
     recaption = row.get("recaption") or {}
-    return {name: text.strip() for name, text in recaption.items() if isinstance(text, str) and text.strip()}
+    found = {name: text.strip() for name, text in recaption.items() if isinstance(text, str) and text.strip()}
+    caption = row_text(row, "caption").strip()
+    return {**found, CAPTION: caption} if caption and not row_tags(row) else found
+
+
+def row_metas(row: Mapping[str, Any]) -> list[str]:
+    """Tempo and key of a row as tags: `96 bpm`, `A minor`."""
+    bpm, keyscale = row.get("bpm"), row_text(row, "keyscale")
+    metas = [keyscale] if keyscale else []
+    if bpm is not None and bpm == bpm:  # not NaN
+        metas.insert(0, f"{round(bpm)} bpm")
+    return metas
+
+
+def with_metas(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose tempo and key are among its tags; of a row with a caption alone, behind the caption."""
+    tags, metas = row_tags(row), row_metas(row)
+    known = {tag.lower() for tag in tags}
+    caption = row_text(row, "caption").strip()
+    if caption and not tags:
+        return {**row, "caption": ", ".join([caption, *metas])}
+    return {**row, "tags": tags + [meta for meta in metas if meta.lower() not in known]}
 
 
 def row_text(row: Mapping[str, Any], column: str) -> str:
@@ -135,12 +172,12 @@ def open_dataset(
     store = Store.at(path)
     where = store.url if is_url(path) else str(path)
     if store.is_local:
-        dataset = _load_split(store.path, split, where)
+        dataset = load_split(store.path, split, where)
     else:
         # Files that are mapped stay readable when they are deleted.
         with tempfile.TemporaryDirectory(prefix="acestep-ray-") as copy:
             _copy_split(store, split, Path(copy))
-            dataset = _load_split(Path(copy), split, where)
+            dataset = load_split(Path(copy), split, where)
     dataset = dataset.with_format(None)
     if len(dataset) == 0:
         raise _no_rows(where)
@@ -155,6 +192,12 @@ def open_dataset(
     _check_types(schema, where)
     if warnings is not None and (others := _recaptions_without_text(schema)):
         warnings.append(f"{where}: the recaptions {', '.join(others)} hold no text and are left out")
+    if unfit := _unfit_columns(schema):
+        dataset = dataset.remove_columns(unfit)
+        if warnings is not None:
+            warnings.append(
+                f"{where}: the columns {', '.join(unfit)} hold values of another type and are not used"
+            )
     for name in REQUIRED_COLUMNS:
         _check_filled(name, dataset[name][:], where)
     once = _without_repeats(dataset)
@@ -172,7 +215,7 @@ def _no_rows(where: str) -> InputError:
 
 
 def _copy_split(store: Store, split: str, target: Path) -> None:
-    """Copies the rows of a dataset's split; files that are missing or damaged are left to `_load_split`."""
+    """Copies the rows of a dataset's split; files that are missing or damaged are left to `load_split`."""
     folder = ""
     with contextlib.suppress(FileNotFoundError):
         listing = store.read_bytes(_SPLIT_LISTING)
@@ -194,7 +237,8 @@ def _copy_split(store: Store, split: str, target: Path) -> None:
         return
 
 
-def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
+def load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
+    """One split of a dataset directory on this machine, as it is stored. Raises InputError."""
     import datasets
 
     if not os.path.isdir(directory):
@@ -203,7 +247,7 @@ def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
             f"the dataset {what}", where=where, fix="give the directory that `acestep-ray prepare` wrote"
         )
     try:
-        splits = _split_directories(directory, where)
+        splits = splits_of(directory, where)
         if split not in splits:
             raise InputError(
                 f"the dataset has no split {split!r}",
@@ -239,7 +283,7 @@ def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
         ) from None
 
 
-def _split_directories(directory: Path, where: str) -> dict[str, Path]:
+def splits_of(directory: Path, where: str) -> dict[str, Path]:
     """Where each split lies: a DatasetDict lists them in `dataset_dict.json`, a Dataset has `state.json`."""
     listing = directory / _SPLIT_LISTING
     if listing.is_file():
@@ -291,6 +335,21 @@ def _recaptions_without_text(schema: pa.Schema) -> list[str]:
         return []
     fields = schema.field("recaption").type
     return [field.name for field in fields if not (_is_text(field.type) or pa.types.is_null(field.type))]
+
+
+def _unfit_columns(schema: pa.Schema) -> list[str]:
+    """Optional columns of another type than the dataset's, such as numbers as texts: other programs have them too."""
+    fits = {
+        "string": _is_text,
+        "int32": lambda kind: pa.types.is_integer(kind) or pa.types.is_floating(kind),
+        "bool": pa.types.is_boolean,
+    }
+    return [
+        name
+        for name, kind in OPTIONAL_COLUMNS.items()
+        if name in schema.names and name != "language"
+        if not (fits[kind](schema.field(name).type) or pa.types.is_null(schema.field(name).type))
+    ]
 
 
 def _without_repeats(dataset: datasets.Dataset) -> datasets.Dataset:

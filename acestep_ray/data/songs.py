@@ -6,25 +6,23 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, BinaryIO
 
 import datasets
 
-from acestep_ray.data.schema import COLUMNS, check_unique_keys, open_dataset
-from acestep_ray.data.sources import TABLE_SUFFIXES, Findings, SourceSong, songs_of_folder, songs_of_table
+from acestep_ray.data.findings import Findings
+from acestep_ray.data.saved import DATASET_FILES, root_of_files
+from acestep_ray.data.schema import COLUMNS, OPTIONAL_COLUMNS, check_unique_keys, open_dataset, with_metas
+from acestep_ray.data.sources import SourceSong, songs_of_folder, songs_of_table
+from acestep_ray.data.tables import TABLE_SUFFIXES
 from acestep_ray.data.texts import printable
+from acestep_ray.data.unpacking import check_not_packed
 from acestep_ray.errors import InputError
-from acestep_ray.storage import Store, StoredFile, is_url
-
-# Any of these in a directory means that it is, or was, a dataset, and no folder of songs.
-_MARKER = "prepare.json"
-_DATASET_FILES = ("dataset_dict.json", "state.json", "dataset_info.json", _MARKER)
+from acestep_ray.storage import Store, StoredFile
 
 _SHOWN_PROBLEMS = 20
-# Rows by whose files it is found out what file names are relative to.
-_LOOKED_AT = 100
 
 
 class SongTable:
@@ -37,21 +35,39 @@ class SongTable:
     table was opened: other processes get rows.
     """
 
-    def __init__(self, root: Store, rows: datasets.Dataset | _RowFile, warnings: list[str]):
+    def __init__(
+        self,
+        root: Store,
+        rows: datasets.Dataset | _RowFile,
+        warnings: list[str],
+        layouts: Sequence[str] = (),
+        tag_metas: bool = False,
+    ):
         self.root = root
         """File names in the rows are relative to this directory (see `locate_file`)."""
         self.warnings = warnings
         """What is unusual in a folder or table, each with the file or row: a song without a prompt, say."""
+        self.layouts = list(layouts)
+        """What the texts of a folder or table were taken for, a line for each kind."""
         self._rows = rows
+        self._tag_metas = tag_metas
         self.keys: list[str] = rows["keys"][:] if isinstance(rows, datasets.Dataset) else rows.keys
 
     @classmethod
-    def open(cls, place: str | os.PathLike[str], split: str = "train") -> SongTable:
+    def open(
+        cls,
+        place: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        layout: str = "auto",
+        tag_metas: bool = False,
+    ) -> SongTable:
         """The songs of a Hugging Face dataset directory, of a folder of songs with texts beside them, or of a table
-        (.csv, .tsv, .jsonl, .ndjson): a path on this machine, or a URL (`s3://`, `gs://`, `hf://datasets/USER/NAME`).
+        (see `TABLE_SUFFIXES`): a path on this machine, or a URL (`s3://`, `gs://`, `hf://datasets/USER/NAME`).
 
         Folders and tables have the split `train` alone. File names in a table are relative to its folder, absolute
-        paths, or URLs.
+        paths, or URLs. `layout` is one of `TEXT_LAYOUTS`: what `NAME.txt` holds in a folder. With `tag_metas`, tempo
+        and key of a song are among its tags.
 
         Raises InputError for a mistake that concerns the whole source: it is missing, holds no songs, cannot be read
         as a table, lacks a column, has duplicate keys.
@@ -60,12 +76,16 @@ class SongTable:
         findings = Findings()
         if root.url.lower().endswith(TABLE_SUFFIXES) and (table := StoredFile.at(place)).status() is not None:
             _check_split(split, table.url)
-            return cls._of_source(table.store, songs_of_table(table, findings), findings, table.url)
-        if any(root.status(name) is not None for name in _DATASET_FILES):
+            check_not_packed(table.url)
+            songs = songs_of_table(table, findings)
+            return cls._of_source(table.store, songs, findings, table.url, tag_metas)
+        if any(root.status(name) is not None for name in DATASET_FILES):
+            check_not_packed(root.url)
             columns = open_dataset(place, split, findings.warnings)
             # A column of audio would be decoded with every row.
             rows = columns.select_columns([name for name in COLUMNS if name in columns.column_names])
-            return cls(_root_of_files(root, rows, findings.warnings), rows, findings.warnings)
+            files = root_of_files(root, rows, findings.warnings)
+            return cls(files, rows, findings.warnings, tag_metas=tag_metas)
         if root.is_local and not os.path.isdir(root.url):
             what = (
                 "is neither a directory nor a table of songs"
@@ -78,12 +98,13 @@ class SongTable:
                 fix="give the directory that `acestep-ray prepare` wrote, a folder of songs, "
                 f"or a {', '.join(TABLE_SUFFIXES)} file",
             )
+        check_not_packed(root.url)
         _check_split(split, root.url)
-        return cls._of_source(root, songs_of_folder(root, findings), findings, root.url)
+        return cls._of_source(root, songs_of_folder(root, findings, layout), findings, root.url, tag_metas)
 
     @classmethod
     def _of_source(
-        cls, root: Store, songs: Iterable[SourceSong], findings: Findings, where: str
+        cls, root: Store, songs: Iterable[SourceSong], findings: Findings, where: str, tag_metas: bool
     ) -> SongTable:
         rows = _RowFile.write(_row_of(song) for song in songs)
         if findings.problems:
@@ -91,17 +112,20 @@ class SongTable:
         if not len(rows):
             raise _no_songs(root, where)
         check_unique_keys(rows.keys, where)
-        return cls(root, rows, findings.warnings)
+        return cls(root, rows, findings.warnings, findings.layout_lines(), tag_metas)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def row(self, index: int) -> dict[str, Any]:
         """The song at a position, counted from 0."""
-        return self._rows[index]
+        return self._with_settings(self._rows[index])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._rows)
+        return map(self._with_settings, self._rows)
+
+    def _with_settings(self, row: dict[str, Any]) -> dict[str, Any]:
+        return with_metas(row) if self._tag_metas else row
 
 
 class _RowFile:
@@ -138,35 +162,20 @@ class _RowFile:
             yield json.loads(os.pread(self._file.fileno(), end - start, start))
 
 
-def _root_of_files(dataset: Store, rows: datasets.Dataset, warnings: list[str]) -> Store:
-    """The directory that a dataset's file names are relative to.
-
-    That is the dataset's own. The original reads them from the working directory, and its converter writes them so:
-    where the dataset's directory has none of the first files, the working directory or the dataset's parent is taken,
-    if it has one.
-    """
-    if not dataset.is_local or dataset.status(_MARKER) is not None:
-        return dataset
-    names = [name for name in rows[:_LOOKED_AT]["filename"] if not (is_url(name) or name.startswith("/"))]
-    for root in (dataset, Store.at("."), Store.at(dataset.path.parent)):
-        if any(os.path.exists(os.path.join(root.url, name)) for name in names):
-            if root != dataset:
-                warnings.append(f"{dataset.url}: its file names are taken as relative to {root.url}")
-            return root
-    return dataset
-
-
 def _row_of(song: SourceSong) -> dict[str, Any]:
-    return {
+    texts = song.texts
+    row = {
         "keys": song.key,
         "filename": printable(song.filename),
-        "tags": song.tags,
-        "norm_lyrics": song.lyrics,
+        "tags": texts.tags,
+        "norm_lyrics": texts.lyrics,
         "speaker_emb_path": song.speaker,
-        "recaption": song.recaption,
-        "language": song.language,
+        "recaption": texts.recaption,
+        "language": texts.language,
         "problem": "; ".join(song.problems),
     }
+    facts = {name: getattr(texts, name) for name in OPTIONAL_COLUMNS}
+    return {**{name: value for name, value in facts.items() if value not in ("", None)}, **row}
 
 
 def _check_split(split: str, where: str) -> None:

@@ -6,146 +6,113 @@ that all of it is told at once.
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import hashlib
-import io
-import json
 import os
 import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES, UNSUPPORTED_SUFFIXES
-from acestep_ray.data.texts import is_unicode, printable, read_text, recaptions_of, split_tags, text_of_cell
-from acestep_ray.storage import Store, StoredFile, is_url
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
-
-# Names of a table's columns, the dataset's own first. `recaption_NAME` is the recaption NAME.
-_COLUMN_NAMES = {
-    "keys": ("keys", "key"),
-    "filename": ("filename", "audio", "path", "audio_file_original_path"),
-    "tags": ("tags", "prompt", "tags_comma_separated"),
-    "norm_lyrics": ("norm_lyrics", "lyrics", "lyrics_multiline"),
-    "speaker_emb_path": ("speaker_emb_path", "speaker_emb_relative_path"),
-    "language": ("language",),
-    "recaption": ("recaption",),
-}
-_RECAPTION_PREFIX = "recaption_"
-
-_PROMPT_ENDINGS = ("_prompt.txt", ".txt")
-_LYRICS_ENDINGS = ("_lyrics.txt", ".lyrics")
-_RECAPTION_ENDINGS = ("_recaption.json",)
-_TEXT_ENDINGS = _PROMPT_ENDINGS + _LYRICS_ENDINGS + _RECAPTION_ENDINGS
-
+from acestep_ray.data.fields import FILE_NAMES, SongTexts, cells_by_field, plain_name, read_texts
+from acestep_ray.data.findings import Findings
+from acestep_ray.data.lyric_text import read_lyric_text
+from acestep_ray.data.same_names import Names, find_file
+from acestep_ray.data.sidecars import Sidecars
+from acestep_ray.data.tables import key_is_musical, rows_of_table
+from acestep_ray.data.texts import is_unicode, printable, text_of_cell
+from acestep_ray.storage import Store, StoredFile, expand_home, is_url
 
 # A request for a small text is mostly waiting.
 _READERS = 32
 _SONGS_AT_ONCE = 1024
+# Rows of a table by which it is decided what its column `key` means.
+_FIRST_ROWS = 1000
+_LARGEST_TABLE = 64 << 20
+_LISTED = 3
 
-# Python's own limit for a cell, 128 K characters, is less than some lyrics.
-_LONGEST_CELL = 2**26
 
-
-@dataclass(frozen=True)
+@dataclass
 class SourceSong:
     """One song with its texts; the files are where the user keeps them."""
 
     origin: str  # the file or table row that a message names
     key: str
     filename: str  # relative to the source's folder, an absolute path, or a URL
-    tags: list[str]
-    lyrics: str
-    recaption: dict[str, str]
+    texts: SongTexts
     speaker: str  # as `filename`; "" for none
-    language: str
     problems: list[str]  # why the song cannot be used, each with the file or row
 
 
 @dataclass
-class Findings:
-    """Problems are those of the whole source and stop the job; warnings are told in its summary."""
+class _TableRow:
+    """What a table that lies in a folder of songs says of one of them."""
 
+    table: str
+    texts: SongTexts
+    speaker: str
     problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
-def songs_of_folder(root: Store, findings: Findings) -> Iterator[SourceSong]:
-    """The audio files below `root`, each with the prompt, lyrics and recaptions that lie beside it."""
+def songs_of_folder(root: Store, findings: Findings, layout: str = "auto") -> Iterator[SourceSong]:
+    """The audio files below `root`, each with the texts that are beside it or in tables of the folder.
+
+    `layout` is one of `TEXT_LAYOUTS`: what the files `NAME.txt` hold.
+    """
     # Names and not paths, which take kilobytes each: there may be millions.
-    texts: dict[str, str] = {}
     audio: list[str] = []
+    others: list[str] = []
     suffixes = AUDIO_SUFFIXES | TORCHCODEC_SUFFIXES | UNSUPPORTED_SUFFIXES
     # In the order of paths: a folder's files lie together.
     for name in sorted(_names_in(root, findings), key=lambda name: name.replace("/", "\0")):
-        if posixpath.splitext(name)[1].lower() in suffixes:
-            audio.append(name)
-        for ending in _TEXT_ENDINGS:
-            if name.lower().endswith(ending):
-                texts[name[: -len(ending)] + ending] = name
-    used: set[str] = set()
+        is_audio = posixpath.splitext(name)[1].lower() in suffixes
+        (audio if is_audio else others).append(name)
+    sidecars = Sidecars(root, audio, others, layout)
+    rows = _rows_of_tables_within(root, audio, sidecars.tables, findings) if audio else {}
     shared_keys = _shared_keys(audio)
 
-    def read_song(name: str) -> tuple[SourceSong, list[str]]:
+    def read_song(name: str) -> tuple[SourceSong, Findings]:
         file, origin = PurePosixPath(name), printable(name)
-        problems: list[str] = []
-        warnings: list[str] = []
-
-        def read_beside(endings: tuple[str, ...]) -> str | None:
-            for ending in endings:
-                text = texts.get(f"{file.with_suffix('')}{ending}")
-                if text is not None:
-                    used.add(text)
-                    return read_text(root.file(text), printable(text), problems)
-            return None
-
+        row = rows.get(name)
+        problems = list(row.problems) if row else []
+        notes = Findings()
         if not is_unicode(name):
             problems.append(f"{origin}: the file name is not valid UTF-8, rename it")
         if file.suffix.lower() in UNSUPPORTED_SUFFIXES:
-            warnings.append(f"{origin}: {file.suffix} is not read; convert it to FLAC, WAV or MP3")
+            notes.warnings.append(f"{origin}: {file.suffix} is not read; convert it to FLAC, WAV or MP3")
         elif file.suffix.lower() in TORCHCODEC_SUFFIXES:
-            warnings.append(
+            notes.warnings.append(
                 f"{origin}: {file.suffix} is read where torchcodec is installed; "
                 "elsewhere convert it to FLAC, WAV or MP3"
             )
-        prompt = read_beside(_PROMPT_ENDINGS)
-        if not prompt:
-            state = "no prompt" if prompt is None else "an empty prompt"
-            warnings.append(
-                f"{origin}: {state}; {printable(file.stem)}_prompt.txt would hold its tags, with commas between them"
-            )
-        lyrics = read_beside(_LYRICS_ENDINGS) or ""
-        recaption = recaptions_of(read_beside(_RECAPTION_ENDINGS), origin, problems)
+        texts = sidecars.texts_of(name, (row.table, row.texts) if row else None, problems, notes)
+        texts.lyrics = _clean_lyrics(texts.lyrics, origin, notes)
         song = SourceSong(
             origin=origin,
             key=_key_of_file(name, shared_keys),
             filename=name,
-            tags=split_tags(prompt or ""),
-            lyrics=lyrics,
-            recaption=recaption,
-            speaker="",
-            language="",
+            texts=texts,
+            speaker=row.speaker if row else "",
             problems=problems,
         )
-        return song, warnings
+        return song, notes
 
     remaining = iter(audio)
     with ThreadPoolExecutor(_READERS) as pool:
         while some := list(islice(remaining, _SONGS_AT_ONCE)):
-            for song, warnings in pool.map(read_song, some):
-                findings.warnings += warnings
+            for song, notes in pool.map(read_song, some):
+                findings.add(notes)
                 yield song
+    findings.close_groups()
     findings.warnings += [
         f"{printable(file)}: belongs to no song, since no audio file has its name"
-        for file in sorted(set(texts.values()) - used)
+        for file in sidecars.left_over()
     ]
 
 
@@ -200,119 +167,136 @@ def _sanitized(stem: str) -> str:
     return re.sub(r'[\s\x00-\x1f/\\:*?"<>|]', "_", unicodedata.normalize("NFC", stem))
 
 
+def _clean_lyrics(lyrics: str, origin: str, findings: Findings) -> str:
+    """Lyrics without the times of LRC files and the like; what was changed is a warning."""
+    text, notes = read_lyric_text(lyrics)
+    findings.lyrics.add(origin, notes)
+    return text
+
+
 # --- a table of songs --------------------------------------------------------------------------------------
 
 
 def songs_of_table(table: StoredFile, findings: Findings) -> Iterator[SourceSong]:
-    """The rows of a .csv, .tsv, .jsonl or .ndjson file; columns may have any of several usual names."""
-    read_rows = _csv_rows if table.suffix in (".csv", ".tsv") else _json_rows
+    """The rows of a table (see `TABLE_SUFFIXES`); columns may have any of several usual names."""
     folder = StoredFile.at(table.url).store
+    name = PurePosixPath(table.name).name
     unused: dict[str, str] = {}
-    try:
-        with table.open() as file:
-            for origin, row in read_rows(PurePosixPath(table.name).name, file, findings):
-                song = _song_of_row(row, origin, folder, unused, findings)
-                if song is not None:
-                    yield song
-    except OSError as error:
-        findings.problems.append(f"{table.name}: cannot be read ({error.strerror or error})")
+    elsewhere = FilesBelow(folder)
+    for origin, row, is_musical in _rows_with_meaning(table, findings):
+        song = song_of_row(row, origin, folder, unused, findings, is_musical, elsewhere)
+        if song is not None:
+            findings.layouts[findings.kinds_of_tables.get(name, f"a table ({name})")] += 1
+            yield song
+    findings.close_groups()
     findings.warnings += [
         f"{table.name}: the column {name!r} is not used, {why}" for name, why in unused.items()
     ]
 
 
-def _csv_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = iter(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
-    number = 0
-    try:
-        header = next((line for line in lines if line.strip()), "")
-        reader = csv.DictReader(chain([header], _without_nul(lines)), delimiter=max(",;\t", key=header.count))
-        columns = [name.strip().lower() for name in reader.fieldnames or ()]
-        if columns and not set(columns) & set(_COLUMN_NAMES["filename"]):
-            findings.problems.append(f"{table}: has no column filename; it has {', '.join(columns)}")
-            return
-        with _long_cells():
-            for number, row in enumerate(reader, start=1):
-                origin = f"{table}, row {number}"
-                if None in row:
-                    findings.problems.append(
-                        f"{origin}: more cells than the header has; put quotes around texts with commas"
-                    )
-                else:
-                    yield origin, row
-    except UnicodeDecodeError:
-        findings.problems.append(f"{table}: not UTF-8 text (after row {number}), save it as UTF-8")
-    except csv.Error as error:
-        findings.problems.append(f"{table}, row {number + 1}: {error}")
+def _rows_with_meaning(table: StoredFile, findings: Findings) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Rows of a table, and whether their column `key` is a musical key."""
+    rows = rows_of_table(table, findings)
+    first = list(islice(rows, _FIRST_ROWS))
+    is_musical = key_is_musical([row for _, row in first])
+    for origin, row in chain(first, rows):
+        yield origin, row, is_musical
 
 
-def _without_nul(lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
-        if "\0" in line:
-            raise csv.Error("not UTF-8 text (it holds NUL bytes), save it as UTF-8")
-        yield line
+class FilesBelow:
+    """Audio files in a local folder by their own names, listed when they are first asked for."""
+
+    def __init__(self, folder: Store):
+        self._folder = folder
+        self._names: dict[str, list[str]] | None = None
+
+    def find(self, name: str) -> str | None:
+        """The one file below the folder with this name; None where there are none or several."""
+        if not self._folder.is_local:
+            return None
+        if self._names is None:
+            self._names = {}
+            for path in _walk(self._folder.url, Findings()):
+                self._names.setdefault(posixpath.basename(path), []).append(path)
+        found = self._names.get(name, [])
+        return found[0] if len(found) == 1 else None
 
 
-@contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
-    before = csv.field_size_limit(_LONGEST_CELL)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _json_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        origin = f"{table}, line {number}"
-        try:
-            text = line.decode("utf-8-sig").strip()
-            row = json.loads(text) if text else None
-        except UnicodeDecodeError as error:
-            findings.problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
-            continue
-        except (json.JSONDecodeError, RecursionError) as error:
-            findings.problems.append(f"{origin}: not JSON ({error})")
-            continue
-        if isinstance(row, dict):
-            yield origin, row
-        elif text:
-            findings.problems.append(f"{origin}: not a JSON object")
-
-
-def _song_of_row(
-    row: dict[str, Any], origin: str, folder: Store, unused: dict[str, str], findings: Findings
+def song_of_row(
+    row: dict[str, Any],
+    origin: str,
+    folder: Store,
+    unused: dict[str, str],
+    findings: Findings,
+    is_musical: bool,
+    elsewhere: FilesBelow,
 ) -> SourceSong | None:
     """The song of one row of a table, or None if the row names no audio file."""
-    cells, recaption_cells = _cells_by_column(row, unused)
     problems: list[str] = []
-
-    def text(column: str) -> str:
-        return text_of_cell(cells.get(column), column, origin, problems)
-
-    filename = text("filename")
-    if not filename:
+    names = _file_names_of(row, origin, problems)
+    if not names:
         findings.problems += problems
         findings.problems.append(f"{origin}: names no audio file (column filename)")
         return None
-    if isinstance(cells.get("tags"), list):
-        tags = [text_of_cell(tag, "tags", origin, problems) for tag in cells["tags"]]
-    else:
-        tags = split_tags(text("tags"))
-    if not any(tags):
-        findings.warnings.append(f"{origin} ({filename}): no tags")
+    filename = _existing_of(names, folder, elsewhere)
+    cells, recaption = cells_by_field(row, unused, is_musical)
+    where = f"{origin} ({filename})"
+    texts = read_texts(cells, recaption, origin, problems, findings.warnings)
+    texts.lyrics = _clean_lyrics(texts.lyrics, where, findings)
+    if not texts.tags and not texts.caption:
+        findings.warnings.append(f"{where}: no tags")
+    key = text_of_cell(cells.get("keys"), "keys", origin, problems)
     return SourceSong(
-        origin=f"{origin} ({filename})",
-        key=text("keys") or _sanitized(posixpath.splitext(place_of(filename, folder))[0]),
+        origin=where,
+        key=key or _sanitized(posixpath.splitext(place_of(filename, folder))[0]),
         filename=filename,
-        tags=[tag for tag in tags if tag],
-        lyrics=text("norm_lyrics"),
-        recaption=recaptions_of(recaption_cells, origin, problems)
-        | recaptions_of(cells.get("recaption"), origin, problems),
-        speaker=text("speaker_emb_path"),
-        language=text("language").lower(),
+        texts=texts,
+        speaker=expand_home(
+            text_of_cell(cells.get("speaker_emb_path"), "speaker_emb_path", origin, problems)
+        ),
         problems=problems,
     )
+
+
+def _file_names_of(row: Mapping[str, Any], origin: str, problems: list[str]) -> list[str]:
+    """The audio files that a row names, in the order of `FILE_NAMES`; usually one, sometimes a path and a name."""
+    by_name = {plain_name(name): cell for name, cell in row.items()}
+    names = []
+    for column in FILE_NAMES:
+        cell = by_name.get(column)
+        if isinstance(cell, dict) and isinstance(cell.get("path"), str):
+            cell = cell["path"]  # an Audio column of Hugging Face's datasets
+        if name := text_of_cell(cell, "filename", origin, problems):
+            names.append(expand_home(name))
+    return names
+
+
+def _existing_of(names: list[str], folder: Store, elsewhere: FilesBelow) -> str:
+    """The file name of a row that leads to a file; the first where none does.
+
+    Tables that were moved with their songs name places of another machine, of another system (with backslashes), or
+    relative to a folder above: the file of this name in the table's folder is taken, where there is one only.
+    """
+    if not folder.is_local:
+        return names[0]
+    for name in names:
+        if is_url(name):
+            return name
+        for written in dict.fromkeys((name, name.replace("\\", "/"))):
+            path = os.path.normpath(os.path.join(folder.url, written))
+            if os.path.exists(path):
+                return written
+            inside = path.removeprefix(f"{folder.url.rstrip('/')}/")
+            if inside != path and (found := find_file(folder.file(inside))).name != inside:
+                return found.name
+    for name in names:
+        written = name.replace("\\", "/")
+        base = posixpath.basename(written)
+        if (os.path.isabs(written) or written != base or re.match(r"[A-Za-z]:/", written)) and (
+            found_below := elsewhere.find(base)
+        ):
+            return found_below
+    return names[0]
 
 
 def place_of(filename: str, folder: Store) -> str:
@@ -326,21 +310,92 @@ def place_of(filename: str, folder: Store) -> str:
     return inside
 
 
-def _cells_by_column(row: dict[str, Any], unused: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Cells by the dataset's names of the columns, and the cells of the columns `recaption_NAME` by NAME."""
-    by_name = {name.strip().lower(): cell for name, cell in row.items()}
-    cells = {}
-    for column, names in _COLUMN_NAMES.items():
-        present = [name for name in names if name in by_name]
-        if present:
-            cells[column] = by_name.pop(present[0])
-        for name in present[1:]:
-            del by_name[name]
-            unused[name] = f"{present[0]!r} is taken instead"
-    recaption = {
-        name.removeprefix(_RECAPTION_PREFIX): by_name.pop(name)
-        for name in list(by_name)
-        if name.startswith(_RECAPTION_PREFIX)
-    }
-    unused.update(dict.fromkeys(by_name, "its name is unknown"))
-    return cells, recaption
+# --- tables within a folder of songs -----------------------------------------------------------------------
+
+
+def _rows_of_tables_within(
+    root: Store, audio: list[str], tables: list[str], findings: Findings
+) -> dict[str, _TableRow]:
+    """What tables within a folder of songs say of its songs, by the name of the audio file.
+
+    Any file with songs counts: `metadata.csv` of a Hugging Face audiofolder, ACE-Step 1.5's CSV and dataset JSON. A
+    table none of whose rows names a song of the folder is left aside.
+    """
+    rows: dict[str, _TableRow] = {}
+    if not tables:
+        return rows
+    names = Names(audio)
+    by_base: dict[str, list[str]] = {}
+    for name in audio:
+        by_base.setdefault(posixpath.basename(name), []).append(name)
+    bases = Names(base for base, found in by_base.items() if len(found) == 1)
+    for table in tables:
+        status = root.status(table)
+        if status is None or status.size > _LARGEST_TABLE:
+            continue
+        own = Findings()
+        unused: dict[str, str] = {}
+        found: dict[str, _TableRow] = {}
+        missing: list[str] = []
+        file = root.file(table)
+        for origin, row, is_musical in _rows_with_meaning(file, own):
+            problems: list[str] = []
+            given = _file_names_of(row, origin, problems)
+            place = _song_named(given, posixpath.dirname(table), root, names, bases, by_base)
+            if place is None:
+                missing += given[:1]
+                continue
+            cells, recaption = cells_by_field(row, unused, is_musical)
+            speaker = text_of_cell(cells.get("speaker_emb_path"), "speaker_emb_path", origin, problems)
+            found[place] = _TableRow(
+                table=table,
+                texts=read_texts(cells, recaption, origin, problems, own.warnings),
+                speaker=_beside(speaker, table),
+                problems=problems,
+            )
+        if not found:
+            continue
+        findings.warnings += own.problems + own.warnings
+        findings.warnings += [
+            f"{printable(table)}: the column {name!r} is not used, {why}" for name, why in unused.items()
+        ]
+        if missing:
+            more = ", …" if len(missing) > _LISTED else ""
+            findings.warnings.append(
+                f"{printable(table)}: {len(missing)} rows name no audio file of the folder "
+                f"({', '.join(missing[:_LISTED])}{more})"
+            )
+        kind = own.kinds_of_tables.get(posixpath.basename(table), "a table")
+        for row_of_song in found.values():
+            row_of_song.table = f"{kind} ({printable(table)})"
+        rows = {**found, **rows}
+    return rows
+
+
+def _song_named(
+    given: list[str],
+    table_folder: str,
+    root: Store,
+    names: Names,
+    bases: Names,
+    by_base: dict[str, list[str]],
+) -> str | None:
+    """The audio file of the folder that a row of a table in `table_folder` names, by its path or else by its name."""
+    for name in given:
+        written = name.replace("\\", "/") if "/" not in name else name
+        inside = written.removeprefix(f"{root.url.rstrip('/')}/")
+        for place in (posixpath.normpath(posixpath.join(table_folder, inside)), posixpath.normpath(inside)):
+            if found := names.find(place):
+                return found
+    for name in given:
+        base = bases.find(posixpath.basename(name.replace("\\", "/")))
+        if base is not None:
+            return by_base[base][0]
+    return None
+
+
+def _beside(speaker: str, table: str) -> str:
+    """A file that a table in a folder names, relative to the folder of songs."""
+    if not speaker or is_url(speaker) or speaker.startswith(("/", "~")):
+        return expand_home(speaker)
+    return posixpath.normpath(posixpath.join(posixpath.dirname(table), speaker))

@@ -6,18 +6,23 @@ file or table row that a message names.
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import os
 import re
 from typing import Any
 
 from acestep_ray.storage import AccessDeniedError, StoredFile
 
+# A whole cell with one of these, in lower case, is empty: programs write them for a missing value.
+_NOTHING = frozenset({"nan", "null", "none", "<na>", "n/a"})
+
 
 def read_text(file: StoredFile, origin: str, problems: list[str]) -> str:
-    """The cleaned text of a UTF-8 file; "" after a problem is noted."""
+    """The cleaned text of a UTF-8 file, or a UTF-16 file with a byte order mark; "" after a problem is noted."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = decoded(file.read_bytes())
     except UnicodeDecodeError as error:
         problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
         return ""
@@ -30,23 +35,50 @@ def read_text(file: StoredFile, origin: str, problems: list[str]) -> str:
     if "\0" in text:
         problems.append(f"{origin}: not UTF-8 text (it holds NUL bytes), save it as UTF-8")
         return ""
-    return _clean(text)
+    return clean(text)
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding that a text's byte order mark names, which Python strips with it; UTF-8 where there is none."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-8-sig"
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file by its byte order mark. Raises UnicodeDecodeError."""
+    return content.decode(encoding_of(content[:4]))
 
 
 def text_of_cell(cell: Any, column: str, origin: str, problems: list[str]) -> str:
-    """The cleaned text of a cell, or of a number there; "" for None, and after a problem is noted."""
-    if cell is None:
+    """The cleaned text of a cell, or of a number there; "" for None, NaN and `null`, and after a problem is noted."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     if isinstance(cell, str) and is_unicode(cell):
-        return _clean(cell)
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return str(cell)
+        text = clean(cell)
+        return "" if text.lower() in _NOTHING else text
+    if isinstance(cell, (int, float)) and not isinstance(cell, bool):
+        # A column of whole numbers with gaps is one of floats in most programs.
+        return str(int(cell)) if float(cell).is_integer() else str(cell)
     kind = "half of a surrogate pair" if isinstance(cell, str) else type(cell).__name__
     problems.append(f"{origin}: {column} holds {kind}, not text")
     return ""
 
 
-def _clean(text: str) -> str:
+def tags_of_cell(cell: Any, origin: str, problems: list[str]) -> list[str]:
+    """Tags in a cell: a list of texts, a text with commas, or such a list as Python or JSON prints it."""
+    if isinstance(cell, (list, tuple)):
+        tags = [text_of_cell(tag, "tags", origin, problems) for tag in cell]
+        return [tag for tag in tags if tag]
+    text = text_of_cell(cell, "tags", origin, problems)
+    if printed := re.fullmatch(r"\[\s*([\"'].*[\"'])\s*\]", text, re.DOTALL):
+        return [tag.strip(" \t\n\"'") for tag in split_tags(printed[1]) if tag.strip(" \t\n\"'")]
+    return split_tags(text)
+
+
+def clean(text: str) -> str:
     """Line ends as LF, no white space at the ends of lines, none at both ends of the text."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join(line.rstrip() for line in lines).strip()

@@ -355,12 +355,12 @@ def test_json_lines_become_a_dataset(songs):
 
 def test_columns_that_are_not_used_are_named(songs):
     add(songs, "a.wav")
-    rows = [{"filename": "a.wav", "tags": "pop", "prompt": "rock", "bpm": "90"}]
+    rows = [{"filename": "a.wav", "tags": "pop", "prompt": "rock", "mood": "calm"}]
     summary, prepared = prepare(write_csv(songs / "list.csv", rows))
     assert prepared["a"]["tags"] == ["pop"]
     assert len(summary.warnings) == 2
     assert "'prompt'" in summary.warnings[0]
-    assert "'bpm'" in summary.warnings[1]
+    assert "'mood'" in summary.warnings[1]
 
 
 def test_one_audio_file_in_several_rows_is_stored_once(songs):

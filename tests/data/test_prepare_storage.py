@@ -85,7 +85,8 @@ def test_a_dataset_there_is_replaced_whole(songs, place):
     (songs / "c.flac").unlink()
     rows = prepare(str(songs), output)
     assert set(rows) == {"a", "deep_b"}
-    assert set(contents(output)) == {"audio/a.wav", "audio/deep/b.mp3"}
+    # The table in the folder names a voice.
+    assert set(contents(output)) == {"audio/a.wav", "audio/deep/b.mp3", "speakers/voice.npy"}
     assert not [name for name in output.names() if name.startswith(("train/", "test/"))]
 
 

@@ -75,7 +75,7 @@ def test_our_features_always_store_a_recaption_that_reads_as_a_dict(tmp_path, na
     path = save(Dataset.from_list(content, features=dataset_features(names)), tmp_path / "set")
     assert dict(load_from_disk(path)[0]["recaption"].items()) == dict.fromkeys(stored)
     assert "language" not in open_dataset(path).column_names
-    assert "language" in dataset_features(language=True)
+    assert "language" in dataset_features(optional=["language"])
 
 
 def test_splits_are_chosen_by_name(tmp_path):

@@ -1,0 +1,2 @@
+def language_code(text):
+    return text.lower()

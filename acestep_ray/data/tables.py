@@ -1,0 +1,260 @@
+"""Tables of songs: CSV, JSON and Parquet files as rows, one dict a song.
+
+What is wrong with the table goes to the findings; rows that can be read are read all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from acestep_ray.data import metas
+from acestep_ray.data.fields import FILE_NAMES, plain_name
+from acestep_ray.data.findings import Findings
+from acestep_ray.data.layouts import V15_JSON, sample_fields
+from acestep_ray.data.texts import decoded, encoding_of
+from acestep_ray.storage import StoredFile
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather")
+
+# Python's own limit for a cell, 128 K characters, is less than some lyrics.
+_LONGEST_CELL = 2**26
+_DELIMITERS = ",;\t|"
+_EXCELS_LINE = re.compile(r"\s*\"?sep=(.)\"?\s*", re.IGNORECASE)
+_ROWS_AT_ONCE = 256
+_TELLING = re.compile(r"[\s#♯♭]|m$|maj|min", re.IGNORECASE)
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row is from, as a message names it, and its cells by the names of its columns."""
+
+
+def rows_of_table(table: StoredFile, findings: Findings) -> Iterator[Row]:
+    """The rows of a table, by its suffix. The delimiter of a CSV is found by its header or Excel's line `sep=;`;
+    UTF-8, and UTF-16 with a byte order mark, are read."""
+    name = PurePosixPath(table.name).name
+    readers: dict[str, Callable[[str, BinaryIO, Findings], Iterator[Row]]] = {
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".parquet": _parquet_rows,
+        ".arrow": _arrow_rows,
+        ".feather": _arrow_rows,
+    }
+    try:
+        with table.open() as file:
+            yield from readers.get(table.suffix, _json_rows)(name, file, findings)
+    except OSError as error:
+        findings.problems.append(f"{table.name}: cannot be read ({error.strerror or error})")
+    except pa.ArrowException as error:
+        findings.problems.append(
+            f"{name}: is damaged or no {table.suffix} file ({str(error).splitlines()[0]})"
+        )
+
+
+def names_audio(columns: Sequence[object]) -> bool:
+    """Whether one of the columns names audio files."""
+    return bool({plain_name(column) for column in columns} & set(FILE_NAMES))
+
+
+def key_is_musical(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the column `key` of a table, of which `rows` are the first, holds musical keys rather than songs' names.
+
+    It does if all its values are musical keys, and some are no plain letters, or repeat, or there are columns beside
+    it that say so (names of songs, tempo, metre).
+    """
+    plain = [{plain_name(name): cell for name, cell in row.items()} for row in rows]
+    values = [str(row["key"]).strip() for row in plain if not metas.is_empty_value(row.get("key"))]
+    if not values:
+        return False
+    try:
+        for value in values:
+            metas.read_keyscale(value)
+    except ValueError:
+        return False
+    beside = {"keys", "bpm", "tempo", "timesignature", "time_signature"}
+    return (
+        len(set(values)) < len(values)
+        or any(_TELLING.search(value) for value in values)
+        or any(not metas.is_empty_value(row.get(name)) for row in plain for name in beside)
+    )
+
+
+# --- CSV ---------------------------------------------------------------------------------------------------
+
+
+def _csv_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
+    encoding = encoding_of(file.read(4))
+    file.seek(0)
+    lines = _without_nul(iter(io.TextIOWrapper(file, encoding=encoding, newline="")))
+    number = 0
+    try:
+        header = next((line for line in lines if line.strip()), "")
+        delimiter = None
+        if excels := _EXCELS_LINE.fullmatch(header):
+            delimiter = excels[1]
+            header = next((line for line in lines if line.strip()), "")
+        delimiter = delimiter or max(_DELIMITERS, key=header.count)
+        reader = csv.DictReader(chain([header], lines), delimiter=delimiter)
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        if columns and not names_audio(columns):
+            findings.problems.append(
+                f"{table}: has no column filename (or {', '.join(FILE_NAMES[1:6])}, …); "
+                f"it has {', '.join(columns)}"
+            )
+            return
+        with _long_cells():
+            for number, row in enumerate(reader, start=1):
+                origin = f"{table}, row {number}"
+                if None in row:
+                    findings.problems.append(
+                        f"{origin}: more cells than the header has; put quotes around texts with "
+                        f"{'tabs' if delimiter == chr(9) else 'commas' if delimiter == ',' else delimiter}"
+                    )
+                else:
+                    yield origin, row
+    except UnicodeError:
+        findings.problems.append(f"{table}: not UTF-8 text (after row {number}), save it as UTF-8")
+    except csv.Error as error:
+        findings.problems.append(f"{table}, row {number + 1}: {error}")
+
+
+def _without_nul(lines: Iterator[str]) -> Iterator[str]:
+    for line in lines:
+        if "\0" in line:
+            raise csv.Error("not UTF-8 text (it holds NUL bytes), save it as UTF-8")
+        yield line
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+# --- JSON --------------------------------------------------------------------------------------------------
+
+
+def _json_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
+    """A JSON array, an object with a list of songs, or an object a line."""
+    head = file.read(64)
+    file.seek(0)
+    if encoding_of(head[:4]) != "utf-8-sig" or table.lower().endswith(".json") or _starts_array(head):
+        content = file.read()
+        try:
+            yield from _rows_of_document(table, json.loads(decoded(content)), findings)
+            return
+        except UnicodeError as error:
+            findings.problems.append(f"{table}: not UTF-8 text ({error}), save it as UTF-8")
+            return
+        except (json.JSONDecodeError, RecursionError):
+            # Perhaps an object a line, under a name of the other kind.
+            with contextlib.suppress(UnicodeError):
+                content = decoded(content).encode()
+            file = io.BytesIO(content)
+    yield from _rows_of_lines(table, file, findings)
+
+
+def _starts_array(head: bytes) -> bool:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _rows_of_lines(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
+        origin = f"{table}, line {number}"
+        try:
+            text = line.decode("utf-8-sig").strip()
+            row = json.loads(text) if text else None
+        except UnicodeDecodeError as error:
+            findings.problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
+            continue
+        except (json.JSONDecodeError, RecursionError) as error:
+            findings.problems.append(f"{origin}: not JSON ({error})")
+            continue
+        if isinstance(row, dict):
+            yield origin, row
+        elif text:
+            findings.problems.append(f"{origin}: not a JSON object")
+
+
+def _rows_of_document(table: str, document: Any, findings: Findings) -> Iterator[Row]:
+    metadata: Mapping[str, Any] | None = None
+    if isinstance(document, dict):
+        lists = {name: value for name, value in document.items() if isinstance(value, list)}
+        if isinstance(document.get("samples"), list):
+            metadata = document.get("metadata") if isinstance(document.get("metadata"), dict) else {}
+            lists = {"samples": document["samples"]}
+        if not lists and names_audio(list(document)):
+            lists = {"": [document]}
+        if len(lists) != 1:
+            findings.problems.append(
+                f"{table}: is no list of songs; give an array of objects, or an object with one list of them"
+            )
+            return
+        (document,) = lists.values()
+    if metadata is not None:
+        findings.kinds_of_tables[table] = V15_JSON
+    if not isinstance(document, list):
+        findings.problems.append(f"{table}: is no list of songs, but {type(document).__name__}")
+        return
+    for number, row in enumerate(document, start=1):
+        origin = f"{table}, song {number}"
+        if not isinstance(row, dict):
+            findings.problems.append(f"{origin}: not a JSON object")
+        elif metadata is None:
+            yield origin, row
+        else:
+            yield origin, sample_fields(row, metadata, _uses_genre(row, metadata))
+
+
+def _uses_genre(sample: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
+    """Whether a sample is of the share that `genre_ratio` (per cent) gives to genres; the same in every run."""
+    ratio = metadata.get("genre_ratio")
+    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool):
+        return False
+    name = str(sample.get("id") or sample.get("audio_path") or sample.get("filename"))
+    return int(hashlib.sha256(f"genre/{name}".encode(errors="replace")).hexdigest()[:8], 16) % 100 < ratio
+
+
+# --- Parquet and Arrow -------------------------------------------------------------------------------------
+
+
+def _parquet_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
+    parquet = pq.ParquetFile(file)
+    yield from _rows_of_batches(table, parquet.schema_arrow, parquet.iter_batches(_ROWS_AT_ONCE), findings)
+
+
+def _arrow_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
+    try:
+        reader = pa.ipc.open_file(file)
+        batches: Iterator[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
+    except pa.ArrowInvalid:
+        file.seek(0)
+        reader = pa.ipc.open_stream(file)
+        batches = iter(reader)
+    yield from _rows_of_batches(table, reader.schema, batches, findings)
+
+
+def _rows_of_batches(
+    table: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch], findings: Findings
+) -> Iterator[Row]:
+    if not names_audio(schema.names):
+        findings.problems.append(f"{table}: has no column filename; it has {', '.join(schema.names)}")
+        return
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{table}, row {number}", row
