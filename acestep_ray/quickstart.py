@@ -17,7 +17,8 @@ from acestep_ray.cache.precompute import PrecomputeSummary, precompute
 from acestep_ray.config import GenerateConfig, PrecomputeConfig, PrepareConfig, QuickstartConfig, TrainConfig
 from acestep_ray.data.demo import write_demo_songs
 from acestep_ray.data.prepare import PrepareSummary, prepare_dataset
-from acestep_ray.data.schema import open_dataset
+from acestep_ray.data.prompts import PROMPT_WITHOUT_TAGS
+from acestep_ray.data.schema import open_dataset, row_recaption, row_tags, row_text
 from acestep_ray.device import resolve_device
 from acestep_ray.errors import InputError
 from acestep_ray.generation.job import GenerateSummary, MadeSong, generate
@@ -145,8 +146,12 @@ def song_folder(config: QuickstartConfig, output: Path) -> Path:
     """The user's folder, or a new one with the demonstration songs."""
     if config.songs is not None:
         songs = Path(config.songs)
-        if not songs.is_dir():
-            raise InputError("no such folder", where=f"--songs {songs}", fix="give a folder of audio files")
+        if not songs.exists():
+            raise InputError(
+                "no such folder or file",
+                where=f"--songs {songs}",
+                fix="give a folder of audio files, a table of songs, or another source that prepare reads",
+            )
         return songs
     songs = output / "songs"
     if not songs.exists():
@@ -184,7 +189,8 @@ def song_conditions(dataset: Path, cache: Path) -> tuple[str, str]:
     """Prompt and lyrics of the first song that is in the cache."""
     key = CacheIndex.open(cache).keys[0]
     row = next(row for row in open_dataset(dataset) if row["keys"] == key)
-    return ", ".join(row["tags"]), row["norm_lyrics"]
+    prompt = ", ".join(row_tags(row)) or next(iter(row_recaption(row).values()), PROMPT_WITHOUT_TAGS)
+    return prompt, row_text(row, "norm_lyrics")
 
 
 def note_music(song: MadeSong, made: GenerateConfig) -> None:

@@ -77,6 +77,8 @@ class PrecomputeSummary:
     wall_seconds: float
     output_dir: str
     warnings: list[str] = field(default_factory=list)
+    layouts: list[str] = field(default_factory=list)
+    """What the texts of a folder or table were taken for, a line for each kind."""
 
     def render(self) -> str:
         """The summary as a few lines of text."""
@@ -93,6 +95,7 @@ class PrecomputeSummary:
         return fact_table(
             [
                 ("cache", self.output_dir),
+                *(("texts", layout) for layout in self.layouts),
                 (
                     "inputs",
                     f"{self.inputs} = {self.computed} samples + {len(self.rejects)} rejects "
@@ -120,7 +123,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
 
     started = time.monotonic()
     features = check_settings(config)
-    songs = SongTable.open(config.dataset_path, config.split)
+    songs = SongTable.open(config.dataset_path, config.split, layout=config.texts, tag_metas=config.tag_metas)
     # Workers on other nodes have another working directory.
     checkpoint = CheckpointDir.open(Store.at(config.checkpoint_dir).url)
     cache = Store.at(config.output_dir)
@@ -157,6 +160,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
         wall_seconds=time.monotonic() - started,
         output_dir=cache.url,
         warnings=songs.warnings,
+        layouts=songs.layouts,
     )
 
 

@@ -13,7 +13,14 @@ class TrainConfig:
     """Trains a LoRA on a feature cache, or on songs as they are."""
 
     GROUPS: ClassVar[Groups] = {
-        "data": ("dataset_path", "num_workers", "reload_dataloaders_every_n_epochs", "seed"),
+        "data": (
+            "dataset_path",
+            "texts",
+            "tag_metas",
+            "num_workers",
+            "reload_dataloaders_every_n_epochs",
+            "seed",
+        ),
         "model and LoRA": ("checkpoint_dir", "lora_config_path", "init_lora_path", "train_parameters"),
         "experiment and tracking": (
             "exp_name",
@@ -68,8 +75,8 @@ class TrainConfig:
     }
 
     dataset_path: str
-    """Feature cache that `precompute` wrote, or a dataset, a folder of songs, a .csv or .jsonl file: songs that every
-    epoch decodes and encodes again; a path or a URL."""
+    """Feature cache that `precompute` wrote, or a dataset, a folder of songs, a table (.csv, .jsonl, .json, .parquet):
+    songs that every epoch decodes and encodes again; a path or a URL."""
     checkpoint_dir: str
     """Checkpoint directory of the base model, in the released layout."""
     lora_config_path: str | None = None
@@ -175,6 +182,10 @@ class TrainConfig:
     """Steps between generated samples, and between validations."""
     plot_seconds: float | None = None
     """Length of the generated samples, at most 240; none takes the length of the first song."""
+    texts: str = "auto"
+    """What NAME.txt beside a song of a folder holds, as in `prepare`: auto, v1, v15, side-step, ai-toolkit, caption."""
+    tag_metas: bool = False
+    """Add tempo and key of a song to its tags, where songs are trained on without a cache."""
     seed: int = 1234
     """Every random draw of the run is a function of this seed, the step and the song's key."""
 

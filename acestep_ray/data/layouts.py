@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from acestep_ray.data.fields import FIELD_NAMES, plain_name
+from acestep_ray.errors import InputError
 
 TEXT_LAYOUTS = ("auto", "v1", "v15", "side-step", "ai-toolkit", "caption")
 """Values of `--texts`: what `NAME.txt` holds. `auto` decides by the content of each file."""
@@ -66,6 +67,12 @@ _TIMED = re.compile(r"^\s*(?:\[\d{1,3}:\d{2}|\d{1,2}:\d{2}:\d{2}[,.]\d{3}\s*-->)
 _TAG_CHARACTERS = 40
 _TAG_WORDS = 4
 _SUNG_LINES = 4
+
+
+def check_layout(layout: str) -> None:
+    """Raise InputError for what is none of `TEXT_LAYOUTS`."""
+    if layout not in TEXT_LAYOUTS:
+        raise InputError(f"--texts is {layout!r}", fix=f"choose from {', '.join(TEXT_LAYOUTS)}")
 
 
 def markup_fields(text: str) -> dict[str, str] | None:

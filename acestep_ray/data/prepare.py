@@ -6,6 +6,7 @@ Audio is not decoded here: a damaged file becomes a reject of the feature cache.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,12 +27,13 @@ from acestep_ray.config import PrepareConfig
 from acestep_ray.data.dataset_folder import MARKER, Copies, FilePlaces, write_dataset
 from acestep_ray.data.file_names import file_at
 from acestep_ray.data.findings import Findings
-from acestep_ray.data.layouts import TEXT_LAYOUTS
+from acestep_ray.data.layouts import check_layout
+from acestep_ray.data.same_names import names_alike, told_apart
 from acestep_ray.data.saved import is_dataset, songs_of_dataset
 from acestep_ray.data.schema import OPTIONAL_COLUMNS, dataset_features, with_metas
 from acestep_ray.data.sources import SourceSong, place_of, songs_of_folder, songs_of_table
-from acestep_ray.data.tables import TABLE_SUFFIXES
-from acestep_ray.data.unpacking import find_packed, unpacked
+from acestep_ray.data.tables import TABLE_SUFFIXES, what_to_give
+from acestep_ray.data.unpacking import find_packed, find_packed_in, unpacked
 from acestep_ray.errors import InputError
 from acestep_ray.storage import AccessDeniedError, Store, StoredFile, is_url
 from acestep_ray.terminal import Progress, fact_table
@@ -87,52 +89,76 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     source, output = _resolved(config.data_dir), Store.at(_resolved(config.output_dir))
     _check_values(config)
     findings = Findings()
-    packed = find_packed(source)
-    if packed is None:
-        return _prepare(config, source, output, findings)
-    _check_output(source, Store.at(source), output)
-    with unpacked(packed, output, findings) as place:
-        return _prepare(config, place, output, findings, packed.kind)
-
-
-def _prepare(
-    config: PrepareConfig, source: str, output: Store, findings: Findings, kind: str = ""
-) -> PrepareSummary:
-    """Write the dataset of the songs at `source`, which came out of a packed source of some `kind`."""
-    table = _table_at(source)
-    folder = Store.at(source) if table is None else table.store
-    if not kind:
-        _check_output(source, folder, output)
-    songs = list(_songs_at(source, folder, table, findings, config.texts))
-    if not songs and not findings.problems:
-        raise InputError("there are no songs", where=config.data_dir, fix=_expected_in(table))
-    # Of a folder in object storage the listing has told what is there.
-    is_checked = table is not None or folder.is_local
-    with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
-        found = pool.map(partial(_problems_of_files, folder=folder), songs) if is_checked else repeat([])
-        for song, problems in zip(Progress("checking", len(songs), "songs").over(songs), found, strict=False):
-            findings.problems += [*song.problems, *problems]
-    _check_keys(songs, findings)
-    _stop_on_problems(findings, config.data_dir if kind else source)
-    test_keys = _choose_test_songs([song.key for song in songs], config.test_fraction, config.seed)
-    disable_progress_bars()  # of `datasets`: ours tells how far it is
-    splits = write_dataset(output, partial(_write, songs, folder, test_keys, config))
+    with contextlib.ExitStack() as stack:
+        packed = find_packed(source)
+        if packed is None:
+            found = _read(source, config, findings, output)
+            if not found.songs and found.table is None and not findings.problems:
+                packed = find_packed_in(found.folder)
+        if packed is not None:
+            _check_output(source, Store.at(source), output)
+            place = stack.enter_context(unpacked(packed, output, findings))
+            found = _read(place, config, findings)
+        if not found.songs and not findings.problems:
+            raise InputError("there are no songs", where=source, fix=_expected_in(found.table))
+        _check(found, findings, source)
+        splits = _write_all(found, output, config)
     layouts = findings.layout_lines()
-    if kind:
-        layouts = [f"{len(songs):,} song{'s' * (len(songs) != 1)} in {kind}", *([] if table else layouts)]
+    if packed is not None:
+        # A table that was written while unpacking is nothing that the user has.
+        layouts = [f"{len(found.songs):,} songs in {packed.kind}", *(layouts if found.table is None else [])]
     return PrepareSummary(
         output_dir=output.url,
-        songs=len(songs),
+        songs=len(found.songs),
         rows=sum(splits.values()),
         splits=splits,
-        without_lyrics=sum(not song.texts.lyrics for song in songs),
+        without_lyrics=sum(not song.texts.lyrics for song in found.songs),
         warnings=findings.warnings,
         layouts=layouts,
     )
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The songs of a source, whose file names are relative to a folder."""
+
+    songs: list[SourceSong]
+    folder: Store
+    table: StoredFile | None
+
+
+def _read(source: str, config: PrepareConfig, findings: Findings, output: Store | None = None) -> _Found:
+    """Read the songs at `source`; `output` is checked first, if it is given."""
+    table = _table_at(source)
+    folder = Store.at(source) if table is None else table.store
+    if output is not None:
+        _check_output(source, folder, output)
+    return _Found(list(_songs_at(folder, table, findings, config.texts)), folder, table)
+
+
+def _check(found: _Found, findings: Findings, source: str) -> None:
+    """Raise InputError with every problem of the songs and their files."""
+    # Of a folder in object storage the listing has told what is there.
+    is_checked = found.table is not None or found.folder.is_local
+    with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
+        look = partial(_problems_of_files, folder=found.folder)
+        problems_of = pool.map(look, found.songs) if is_checked else repeat([])
+        songs = Progress("checking", len(found.songs), "songs").over(found.songs)
+        for song, problems in zip(songs, problems_of, strict=False):
+            findings.problems += [*song.problems, *problems]
+    _check_keys(found.songs, findings)
+    _stop_on_problems(findings, source)
+
+
+def _write_all(found: _Found, output: Store, config: PrepareConfig) -> dict[str, int]:
+    """Write the dataset; returns the number of rows of each split."""
+    test_keys = _choose_test_songs([song.key for song in found.songs], config.test_fraction, config.seed)
+    disable_progress_bars()  # of `datasets`: ours tells how far it is
+    return write_dataset(output, partial(_write, found.songs, found.folder, test_keys, config))
+
+
 def _songs_at(
-    source: str, folder: Store, table: StoredFile | None, findings: Findings, layout: str
+    folder: Store, table: StoredFile | None, findings: Findings, layout: str
 ) -> Iterator[SourceSong]:
     if table is not None:
         return songs_of_table(table, findings)
@@ -147,8 +173,7 @@ def _resolved(place: str) -> str:
 
 def _check_values(config: PrepareConfig) -> None:
     """Raise InputError for settings that cannot be used."""
-    if config.texts not in TEXT_LAYOUTS:
-        raise InputError(f"--texts is {config.texts!r}", fix=f"choose from {', '.join(TEXT_LAYOUTS)}")
+    check_layout(config.texts)
     if config.repeat_count < 1:
         raise InputError("--repeat_count must be at least 1", where=str(config.repeat_count))
     if not 0 <= config.test_fraction < 1:
@@ -166,9 +191,7 @@ def _table_at(source: str) -> StoredFile | None:
         raise InputError("--data_dir does not exist", where=source)
     if store.is_local and not os.path.isdir(store.url):
         raise InputError(
-            "--data_dir is neither a folder nor a table of songs",
-            where=source,
-            fix=f"give a folder of songs or a {', '.join(TABLE_SUFFIXES)} file",
+            "--data_dir is neither a folder nor a table of songs", where=source, fix=what_to_give(source)
         )
     return None
 
@@ -242,8 +265,11 @@ def _problems_of_files(song: SourceSong, folder: Store) -> list[str]:
 
 def _problems_of_path(path: Path, origin: str) -> list[str]:
     if not os.path.exists(path):
-        target = " (a broken link)" if os.path.islink(path) else ""
-        return [f"{origin}: the file does not exist{target}"]
+        if os.path.islink(path):
+            return [f"{origin}: the file does not exist (a broken link)"]
+        alike = told_apart([path.name, *names_alike(str(path))])
+        hint = f": {alike[0]} looks like {' and '.join(alike[1:])}" if len(alike) > 1 else ""
+        return [f"{origin}: the file does not exist{hint}"]
     if not os.path.isfile(path):
         return [f"{origin}: not a file"]
     if not os.access(path, os.R_OK):
@@ -256,7 +282,9 @@ def _check_keys(songs: list[SourceSong], findings: Findings) -> None:
     for song in songs:
         origins[song.key].append(song.origin)
     findings.problems += [
-        f"{', '.join(sharing)}: duplicate key {key!r}" for key, sharing in origins.items() if len(sharing) > 1
+        f"{', '.join(told_apart(sharing))}: duplicate key {key!r}"
+        for key, sharing in origins.items()
+        if len(sharing) > 1
     ]
 
 

@@ -43,6 +43,10 @@ class Names:
             return equal[0]
         return found[0] if len(found) == 1 else None
 
+    def alike(self, name: str) -> list[str]:
+        """All names of the set that differ from `name` in normal form or size of letters only."""
+        return list(self._by_fold.get(folded(name), []))
+
 
 def find_file(file: StoredFile) -> StoredFile:
     """`file` where it exists, else the file at its place whose name is the same to a person; else `file`.

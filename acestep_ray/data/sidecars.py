@@ -20,7 +20,7 @@ from typing import Any
 from acestep_ray.data import layouts
 from acestep_ray.data.fields import SongTexts, cells_by_field, read_texts, settle_instrumental
 from acestep_ray.data.findings import Findings
-from acestep_ray.data.same_names import Names, folded
+from acestep_ray.data.same_names import Names, folded, told_apart
 from acestep_ray.data.tables import TABLE_SUFFIXES
 from acestep_ray.data.texts import printable, read_text, recaptions_of, split_tags
 from acestep_ray.storage import Store
@@ -64,7 +64,12 @@ class Sidecars:
             self._texts.update({stem + ending: name for stem, ending in splits})
             if splits and not any(stem in stems for stem, _ in splits):
                 unclaimed += splits
-        self._respelled = _respelled(unclaimed, stems)
+        wanted = {folded(stem) for stem, _ in unclaimed}
+        self._alike = Names(stem for stem in stems if folded(stem) in wanted) if wanted else Names()
+        """Songs whose names are those of texts, spelled otherwise."""
+        self._respelled = Names(
+            stem + ending for stem, ending in unclaimed if self._alike.find(stem) is not None
+        )
 
     def texts_of(
         self, name: str, row: tuple[str, SongTexts] | None, problems: list[str], findings: Findings
@@ -78,12 +83,25 @@ class Sidecars:
         return reader.read(row)
 
     def left_over(self) -> list[str]:
-        """Text files that belong to no song."""
-        return sorted(
+        """Warnings about text files that belong to no song."""
+        names = sorted(
             name
             for name in set(self._texts.values()) - self._used - set(self.tables)
             if not name.lower().endswith(_OF_NO_SONG)
         )
+        return [self._why_left_over(name) for name in names]
+
+    def _why_left_over(self, name: str) -> str:
+        stems = [name[: -len(ending)] for ending in _ALL_ENDINGS if name.lower().endswith(ending)]
+        for stem in stems:
+            songs = [song for song in self._alike.alike(stem) if song != stem]
+            if len(songs) > 1:
+                shown = told_apart([stem, *songs])
+                return (
+                    f"{printable(name)}: belongs to no song, since {shown[0]} is the name of several but for the size "
+                    f"of letters or the form of accents: {', '.join(shown[1:])}"
+                )
+        return f"{printable(name)}: belongs to no song, since no audio file has its name"
 
     def find(self, name: str, kind: str) -> list[str]:
         """The files of a kind beside a song, in the order in which they are preferred."""
@@ -107,13 +125,6 @@ class Sidecars:
     def layout(self) -> str:
         """What `NAME.txt` holds, one of `TEXT_LAYOUTS`."""
         return self._layout
-
-
-def _respelled(unclaimed: list[tuple[str, str]], stems: set[str]) -> Names:
-    """Of the texts that are no song's by their names (stem and ending), those that are one's by another spelling."""
-    wanted = {folded(stem) for stem, _ in unclaimed}
-    songs = Names(stem for stem in stems if folded(stem) in wanted) if wanted else Names()
-    return Names(stem + ending for stem, ending in unclaimed if songs.find(stem) is not None)
 
 
 class _SongReader:
@@ -247,6 +258,10 @@ class _SongReader:
         described = any(some.tags or some.caption for some in others)
         has_lyrics = self.has_lyrics or any(some.lyrics for some in others)
         if described and has_lyrics:
+            if any(text == some.caption for some in others):
+                return None
+            if not is_lyrics and not any(some.tags for some in others):
+                return SongTexts(tags=split_tags(text))
             self.findings.group("is not used: other files hold the prompt and the lyrics", origin)
             return None
         if described and self.prompt is not None and not is_lyrics:

@@ -13,12 +13,13 @@ from typing import Any, BinaryIO
 import datasets
 
 from acestep_ray.data.findings import Findings
+from acestep_ray.data.layouts import check_layout
 from acestep_ray.data.saved import DATASET_FILES, root_of_files
 from acestep_ray.data.schema import COLUMNS, OPTIONAL_COLUMNS, check_unique_keys, open_dataset, with_metas
 from acestep_ray.data.sources import SourceSong, songs_of_folder, songs_of_table
-from acestep_ray.data.tables import TABLE_SUFFIXES
+from acestep_ray.data.tables import TABLE_SUFFIXES, what_to_give
 from acestep_ray.data.texts import printable
-from acestep_ray.data.unpacking import check_not_packed
+from acestep_ray.data.unpacking import check_not_packed, find_packed, find_packed_in
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store, StoredFile
 
@@ -72,15 +73,16 @@ class SongTable:
         Raises InputError for a mistake that concerns the whole source: it is missing, holds no songs, cannot be read
         as a table, lacks a column, has duplicate keys.
         """
+        check_layout(layout)
         root = Store.at(place)
         findings = Findings()
         if root.url.lower().endswith(TABLE_SUFFIXES) and (table := StoredFile.at(place)).status() is not None:
             _check_split(split, table.url)
-            check_not_packed(table.url)
+            check_not_packed(find_packed(table.url), table.url)
             songs = songs_of_table(table, findings)
             return cls._of_source(table.store, songs, findings, table.url, tag_metas)
         if any(root.status(name) is not None for name in DATASET_FILES):
-            check_not_packed(root.url)
+            check_not_packed(find_packed(root.url), root.url)
             columns = open_dataset(place, split, findings.warnings)
             # A column of audio would be decoded with every row.
             rows = columns.select_columns([name for name in COLUMNS if name in columns.column_names])
@@ -95,10 +97,9 @@ class SongTable:
             raise InputError(
                 f"the dataset {what}",
                 where=root.url,
-                fix="give the directory that `acestep-ray prepare` wrote, a folder of songs, "
-                f"or a {', '.join(TABLE_SUFFIXES)} file",
+                fix=what_to_give(root.url),
             )
-        check_not_packed(root.url)
+        check_not_packed(find_packed(root.url), root.url)
         _check_split(split, root.url)
         return cls._of_source(root, songs_of_folder(root, findings, layout), findings, root.url, tag_metas)
 
@@ -110,6 +111,7 @@ class SongTable:
         if findings.problems:
             raise _problems_of_source(findings.problems, where)
         if not len(rows):
+            check_not_packed(find_packed_in(root), where)
             raise _no_songs(root, where)
         check_unique_keys(rows.keys, where)
         return cls(root, rows, findings.warnings, findings.layout_lines(), tag_metas)

@@ -22,6 +22,7 @@ from typing import Any
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES, UNSUPPORTED_SUFFIXES
 from acestep_ray.data.fields import FILE_NAMES, SongTexts, cells_by_field, plain_name, read_texts
 from acestep_ray.data.findings import Findings
+from acestep_ray.data.layouts import V15
 from acestep_ray.data.lyric_text import read_lyric_text
 from acestep_ray.data.same_names import Names, find_file
 from acestep_ray.data.sidecars import Sidecars
@@ -110,10 +111,7 @@ def songs_of_folder(root: Store, findings: Findings, layout: str = "auto") -> It
                 findings.add(notes)
                 yield song
     findings.close_groups()
-    findings.warnings += [
-        f"{printable(file)}: belongs to no song, since no audio file has its name"
-        for file in sidecars.left_over()
-    ]
+    findings.warnings += sidecars.left_over()
 
 
 def _names_in(root: Store, findings: Findings) -> Iterator[str]:
@@ -338,7 +336,9 @@ def _rows_of_tables_within(
         found: dict[str, _TableRow] = {}
         missing: list[str] = []
         file = root.file(table)
+        columns: set[str] = set()
         for origin, row, is_musical in _rows_with_meaning(file, own):
+            columns = columns or {plain_name(name) for name in row}
             problems: list[str] = []
             given = _file_names_of(row, origin, problems)
             place = _song_named(given, posixpath.dirname(table), root, names, bases, by_base)
@@ -365,11 +365,25 @@ def _rows_of_tables_within(
                 f"{printable(table)}: {len(missing)} rows name no audio file of the folder "
                 f"({', '.join(missing[:_LISTED])}{more})"
             )
-        kind = own.kinds_of_tables.get(posixpath.basename(table), "a table")
+        kind = own.kinds_of_tables.get(posixpath.basename(table), _kind_of_table(table, columns))
         for row_of_song in found.values():
-            row_of_song.table = f"{kind} ({printable(table)})"
-        rows = {**found, **rows}
+            row_of_song.table = kind if kind == V15 else f"{kind} ({printable(table)})"
+        for place, row_of_song in found.items():
+            earlier = rows.setdefault(place, row_of_song)
+            if earlier is not row_of_song and earlier.texts.filled_with(row_of_song.texts):
+                findings.group(
+                    f"{earlier.table}, which is used, and {row_of_song.table} differ", printable(place)
+                )
     return rows
+
+
+def _kind_of_table(table: str, columns: set[str]) -> str:
+    """What a table within a folder of songs is called."""
+    if "file" in columns and columns & {"bpm", "key", "caption"}:
+        return V15
+    if "file_name" in columns and posixpath.basename(table).startswith("metadata."):
+        return "a Hugging Face audiofolder"
+    return "a table"
 
 
 def _song_named(

@@ -61,6 +61,19 @@ def rows_of_table(table: StoredFile, findings: Findings) -> Iterator[Row]:
         )
 
 
+def what_to_give(source: str) -> str:
+    """Advice for a file that is no table of songs."""
+    suffix = PurePosixPath(source).suffix.lower()
+    if suffix in (".xlsx", ".xls", ".ods", ".numbers"):
+        return "save the table as CSV (UTF-8), and give that file"
+    if suffix in (".zip", ".rar", ".7z"):
+        return "unpack it, and give the folder"
+    return (
+        "give a folder of songs, a dataset that `acestep-ray prepare` wrote, "
+        f"or a table ({', '.join(TABLE_SUFFIXES)})"
+    )
+
+
 def names_audio(columns: Sequence[object]) -> bool:
     """Whether one of the columns names audio files."""
     return bool({plain_name(column) for column in columns} & set(FILE_NAMES))

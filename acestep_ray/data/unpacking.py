@@ -34,8 +34,6 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _ARROW_SUFFIXES = (".parquet", ".arrow", ".feather")
 _DATASET_FILES = ("dataset_dict.json", "state.json")
 _ROWS_AT_ONCE = 8
-# Names are looked at until a song is found; a folder may hold millions.
-_LOOKED_AT = 10_000
 _SUFFIX_OF_START = {b"fLaC": ".flac", b"OggS": ".ogg", b"RIFF": ".wav", b"ID3": ".mp3", b"FORM": ".aiff"}
 
 
@@ -51,38 +49,36 @@ class Packed:
 
 
 def find_packed(source: str) -> Packed | None:
-    """The files of a source that have songs inside; None for a folder of audio, a table of file names, or a dataset
-    with names of files."""
+    """The file or saved dataset at `source`, if it has songs inside; a folder is not looked into."""
     lower = source.lower()
-    if (
-        lower.endswith((*TAR_SUFFIXES, *_ARROW_SUFFIXES))
-        and (file := StoredFile.at(source)).status() is not None
-    ):
-        if lower.endswith(TAR_SUFFIXES):
-            return Packed("a WebDataset", [file])
-        return Packed("a table with audio inside", [file]) if _has_audio_inside(file) else None
+    if lower.endswith((*TAR_SUFFIXES, *_ARROW_SUFFIXES)):
+        file = StoredFile.at(source)
+        if file.status() is not None:
+            if lower.endswith(TAR_SUFFIXES):
+                return Packed("a WebDataset", [file])
+            return Packed("a table with audio inside", [file]) if _has_audio_inside(file) else None
     store = Store.at(source)
-    if store.is_local and not os.path.isdir(store.url):
-        return None
     if store.is_local and any(store.status(name) is not None for name in _DATASET_FILES):
         columns = _dataset_columns(store.path)
         if columns is None or "filename" in columns or not set(map(plain_name, columns)) & set(FILE_NAMES):
             return None
         return Packed("a Hugging Face dataset with audio inside", [], store.path)
-    names = _first_names(store)
-    if any(posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES | TORCHCODEC_SUFFIXES for name in names):
-        return None
+    return None
+
+
+def find_packed_in(folder: Store) -> Packed | None:
+    """The files of a folder without audio files that have songs inside."""
+    names = _names_in(folder)
     tars = [name for name in names if name.lower().endswith(TAR_SUFFIXES)]
     if tars:
-        return Packed("a WebDataset", [store.file(name) for name in tars])
-    tables = [store.file(name) for name in names if name.lower().endswith(_ARROW_SUFFIXES)]
+        return Packed("a WebDataset", [folder.file(name) for name in tars])
+    tables = [folder.file(name) for name in names if name.lower().endswith(_ARROW_SUFFIXES)]
     tables = [file for file in tables if _has_audio_inside(file)]
     return Packed("a Hugging Face dataset with audio inside", tables) if tables else None
 
 
-def check_not_packed(source: str) -> None:
+def check_not_packed(packed: Packed | None, source: str) -> None:
     """Raise InputError for songs inside other files, which have no names that workers could open."""
-    packed = find_packed(source)
     if packed is not None:
         raise InputError(
             f"the songs are inside other files ({packed.kind})",
@@ -112,21 +108,9 @@ def unpacked(packed: Packed, output: Store, findings: Findings) -> Iterator[str]
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _first_names(store: Store) -> list[str]:
-    """Names in a folder, sorted; of a folder with songs not necessarily all."""
-    if not store.is_local:
-        return list(store.names())
-    names: list[str] = []
-    for folder, subfolders, files in os.walk(store.url, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        names += [
-            os.path.relpath(os.path.join(folder, name), store.url)
-            for name in files
-            if not name.startswith(".")
-        ]
-        if len(names) > _LOOKED_AT:
-            break
-    return sorted(names)
+def _names_in(folder: Store) -> list[str]:
+    """Names of files in a folder that are not hidden, sorted."""
+    return [name for name in folder.names() if not any(part.startswith(".") for part in name.split("/"))]
 
 
 # --- tars --------------------------------------------------------------------------------------------------

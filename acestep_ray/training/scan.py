@@ -92,6 +92,8 @@ class ScanSummary:
     """Songs that were decoded now; the others are as an earlier scan found them."""
     wall_seconds: float
     warnings: list[str] = field(default_factory=list)
+    layouts: list[str] = field(default_factory=list)
+    """What the texts of a folder or table were taken for, a line for each kind."""
 
     def render(self) -> str:
         """The summary as a few lines of text."""
@@ -102,6 +104,7 @@ class ScanSummary:
         return fact_table(
             [
                 ("inputs", f"{self.inputs} = {self.songs} songs + {len(self.rejects)} rejects"),
+                *(("texts", layout) for layout in self.layouts),
                 ("scanned", f"{self.scanned} in {self.wall_seconds:.0f} s"),
                 ("rejects", "\n".join(rejects)),
                 *(("warning", warning) for warning in self.warnings[:_LISTED]),
@@ -150,6 +153,7 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
         scanned=scanned,
         wall_seconds=time.monotonic() - started,
         warnings=songs.warnings,
+        layouts=songs.layouts,
     )
 
 

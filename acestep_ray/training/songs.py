@@ -41,8 +41,14 @@ def open_songs(config: TrainConfig, checkpoint: CheckpointDir) -> CacheIndex | S
     if place.status(MANIFEST) is not None or place.names(INCOMING):
         index = CacheIndex.open(place)
         check_cache_fits(index, checkpoint, config)
+        if config.texts != "auto" or config.tag_metas:
+            raise InputError(
+                "the texts of a feature cache are read already",
+                where="--texts" if config.texts != "auto" else "--tag_metas",
+                fix="give the flag to precompute, and leave it out here",
+            )
         return index
-    songs = SongTable.open(config.dataset_path)
+    songs = SongTable.open(config.dataset_path, layout=config.texts, tag_metas=config.tag_metas)
     missing = [name for name in checkpoint.transformer_config.ssl_names if name not in checkpoint.ssl_names]
     if config.ssl_coeff > 0 and missing:
         raise InputError(
