@@ -55,6 +55,9 @@ _LINE_KEYS = frozenset(
     }
 )
 _TELLING_KEYS = frozenset({"caption", "lyrics", "genre", "tags", "prompt", "text", "description"})
+_META_KEYS = frozenset(
+    {"bpm", "key", "keyscale", "signature", "timesignature", "is_instrumental", "language", "custom_tag"}
+)
 _LINE = re.compile(r"[ \t]*([A-Za-z][A-Za-z _-]{0,30}?)[ \t]*:(.*)", re.DOTALL)
 
 _STRUCTURE = re.compile(
@@ -106,6 +109,10 @@ def line_fields(text: str) -> dict[str, str] | None:
         if current == "lyrics":
             found["lyrics"].append(line)
             continue
+        if current not in (None, "caption") and _STRUCTURE.match(line):
+            current = "lyrics"  # without the key
+            found.setdefault("lyrics", []).append(line)
+            continue
         match = _LINE.fullmatch(line)
         name = plain_name(match[1]) if match else ""
         if match and name in _LINE_KEYS:
@@ -115,7 +122,7 @@ def line_fields(text: str) -> dict[str, str] | None:
             found[current].append(line)
         elif line.strip():
             return None
-    if not found or (len(found) == 1 and not _TELLING_KEYS & set(found)):
+    if not _TELLING_KEYS & set(found) and len(_META_KEYS & set(found)) < 2:
         return None
     values = {name: "\n".join(lines).strip() for name, lines in found.items()}
     if "key" in values:

@@ -21,7 +21,6 @@ from acestep_ray.data import layouts
 from acestep_ray.data.fields import SongTexts, cells_by_field, read_texts, settle_instrumental
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.same_names import Names, folded, told_apart
-from acestep_ray.data.tables import TABLE_SUFFIXES
 from acestep_ray.data.texts import printable, read_text, recaptions_of, split_tags
 from acestep_ray.storage import Store
 
@@ -34,7 +33,11 @@ _ENDINGS = {
     "text": (".txt",),
 }
 _ALL_ENDINGS = tuple(ending for endings in _ENDINGS.values() for ending in endings)
+# Of Parquet only Hugging Face's: a feature cache within the folder has many.
+_TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", "metadata.parquet")
 _V15_ENDINGS = (".lyrics.txt", ".caption.txt")
+# A JSON file with one of these was meant for a song.
+_TELLING_NAMES = ("caption", "lyrics", "bpm", "keyscale")
 # A JSON file may be anything; all other endings of a text belong to a song.
 _OF_NO_SONG = (".json",)
 
@@ -58,7 +61,7 @@ class Sidecars:
         unclaimed: list[tuple[str, str]] = []
         for name in others:
             lower = name.lower()
-            if lower.endswith(TABLE_SUFFIXES) and _stem(name) not in stems:
+            if _may_be_table(name, stems):
                 self.tables.append(name)
             splits = [(name[: -len(e)], e) for e in _ALL_ENDINGS if lower.endswith(e)]
             self._texts.update({stem + ending: name for stem, ending in splits})
@@ -187,8 +190,9 @@ class _SongReader:
         try:
             found = layouts.json_fields(text) if not own else None
         except (ValueError, RecursionError) as error:
-            own.append(f"{printable(files[0])}: not JSON ({error})")
             found = None
+            if any(f'"{name}"' in text for name in _TELLING_NAMES):
+                own.append(f"{printable(files[0])}: not JSON ({error})")
         self.problems += own
         if found is None:
             if not own:
@@ -309,6 +313,15 @@ class _SongReader:
         self.findings.warnings.append(
             f"{self.origin}: {state}; {stem}_prompt.txt would hold its tags, with commas between them"
         )
+
+
+def _may_be_table(name: str, stems: set[str]) -> bool:
+    """Whether a file within a folder of songs may be a table of them, and is no single song's, as `NAME.info.json`."""
+    if not name.lower().endswith(_TABLE_ENDINGS):
+        return False
+    folder, base = posixpath.split(name)
+    parts = base.split(".")
+    return not any(posixpath.join(folder, ".".join(parts[:n])) in stems for n in range(1, len(parts)))
 
 
 def _stem(name: str) -> str:
