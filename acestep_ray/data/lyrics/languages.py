@@ -1,2 +1,0 @@
-def language_code(text):
-    return text.lower()
