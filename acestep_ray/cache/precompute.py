@@ -24,6 +24,7 @@ import torch
 import acestep_ray
 from acestep_ray.cache.commit import commit, plan_commit, repack
 from acestep_ray.cache.graph import EncoderPool, Graph
+from acestep_ray.cache.lyric_warnings import has_unusable_lyrics, lyric_warnings
 from acestep_ray.cache.outcomes import (
     Candidate,
     Outcomes,
@@ -132,7 +133,8 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
     nodes_with(config.decode_resource, "--decode_resource")
     pools = choose_pools(config, features, checkpoint)
     recipe = make_recipe(config, checkpoint, features, device=pools[0].device)
-    run = _Run(songs, cache, recipe, checkpoint, pools, config)
+    tokenizer = LyricTokenizer.from_file(checkpoint.lyric_vocab_path()) if "text" in features else None
+    run = _Run(songs, cache, recipe, checkpoint, pools, config, tokenizer)
 
     with faults_explained("precompute", "encoded"):
         kept_rows, kept_rejects = run.find_unchanged()
@@ -159,7 +161,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
         num_bytes=sum(rows["length"].to_pylist()),
         wall_seconds=time.monotonic() - started,
         output_dir=cache.url,
-        warnings=songs.warnings,
+        warnings=[*songs.warnings, *lyric_warnings(songs, run.tokenizer, config.keep_unknown_lyrics)],
         layouts=songs.layouts,
     )
 
@@ -234,7 +236,7 @@ def make_recipe(
         seed=config.seed,
         speaker_dim=checkpoint.transformer_config.speaker_embedding_dim,
     )
-    return Recipe(settings, models)
+    return Recipe(settings, models, config.keep_unknown_lyrics)
 
 
 # --- the run -----------------------------------------------------------------------------------------------
@@ -248,6 +250,8 @@ class _Run:
     checkpoint: CheckpointDir
     pools: list[EncoderPool]
     config: PrecomputeConfig
+    tokenizer: LyricTokenizer | None
+    """None where no lyrics are encoded."""
 
     def find_unchanged(self) -> tuple[pa.Table, list[Reject]]:
         """What is on disk, rows and rejects, and is what this run would compute."""
@@ -266,7 +270,17 @@ class _Run:
         if not outcomes:
             return
         for values in self.songs:
-            yield from outcomes.candidates(Song.from_row(values), self.recipe)
+            song = Song.from_row(values)
+            candidates = outcomes.candidates(song, self.recipe)
+            if candidates and self._is_rejected(song):
+                candidates = [candidate for candidate in candidates if candidate.versions is None]
+            yield from candidates
+
+    def _is_rejected(self, song: Song) -> bool:
+        """Whether the song's lyrics are unusable: rows of it are of an earlier version, or were kept by the flag."""
+        if self.tokenizer is None or self.config.keep_unknown_lyrics:
+            return False
+        return has_unusable_lyrics(song.lyrics, song.language, self.tokenizer)
 
     def compute(self, known: set[str]) -> tuple[pa.Table, list[Reject]]:
         """Rows and rejects of the songs whose keys are not known yet."""

@@ -5,6 +5,7 @@ No torch here: the processes that decode need none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from acestep_ray.cache.schema import FEATURE_GROUPS, FORMAT_VERSION, SAMPLE_SCHEMA, array_to_bytes, hash_of
 from acestep_ray.data.audio import RESAMPLER
+from acestep_ray.data.lyric_text import read_lyric_text
 from acestep_ray.data.schema import RejectReason, row_recaption, row_tags, row_text
 from acestep_ray.errors import InputError
 
@@ -29,7 +31,7 @@ WINDOWS = ("first", "all", "random")
 
 @dataclass(frozen=True)
 class Song:
-    """A dataset row, its optional columns filled in."""
+    """A dataset row, its optional columns filled in, its lyrics read by `read_lyric_text`."""
 
     key: str
     filename: str
@@ -48,7 +50,7 @@ class Song:
             filename=row["filename"],
             tags=row_tags(row),
             recaption=row_recaption(row),
-            lyrics=row_text(row, "norm_lyrics"),
+            lyrics=read_lyric_text(row_text(row, "norm_lyrics"))[0],
             language=row_text(row, "language"),
             speaker_path=row_text(row, "speaker_emb_path"),
             problem=row_text(row, "problem"),
@@ -79,6 +81,8 @@ class Recipe:
     settings: Settings
     models: dict[str, str]
     """Fingerprint of each model that takes part, and of the lyric vocabulary."""
+    keep_unknown_lyrics: bool = False
+    """Whether songs are kept whose lyrics are mostly unknown to the vocabulary. Changes no row."""
 
     def row_fingerprint(self, song: Song, audio_sha256: str, speaker_sha256: str | None) -> str:
         """Identity of a song's rows (hex): equal for equal audio and speaker bytes, text, settings, models and format.
@@ -90,7 +94,12 @@ class Recipe:
     def reject_fingerprint(self, song: Song, versions: FileVersions) -> str:
         """Identity of a song that was rejected: its files count by their versions, for they may be unreadable."""
         place = [song.filename, song.speaker_path, song.problem]
-        return hash_of("reject", self._made_from(song), place, versions.audio, versions.speaker)
+        parts = ["reject", self._made_from(song), place, versions.audio, versions.speaker]
+        if self.keep_unknown_lyrics:
+            parts.append("unknown lyrics are kept")
+        if song.language and _was_refused(song):
+            parts.append("names of languages are read")
+        return hash_of(*parts)
 
     def _made_from(self, song: Song) -> list[Any]:
         text = [song.key, song.tags, song.recaption, song.lyrics, song.language]
@@ -174,14 +183,22 @@ class DecodedSong:
 
 def encode_lyrics(decoded: DecodedSong, tokenizer: LyricTokenizer, recipe: Recipe) -> dict[str, Any] | Reject:
     """The song's columns of `SAMPLE_SCHEMA` on lyrics, or why they cannot be used."""
+    # Imported here: the processes that decode need no lyric front end.
+    from acestep_ray.data.lyrics import describe_unknown, is_unusable
+
     song = decoded.song
     try:
         lyrics = tokenizer.encode(song.lyrics, song.language or None)
     except (MemoryError, ImportError):
         raise  # the machine's fault, or the installation's
+    except InputError as error:
+        message = f"{error.what} ({error.fix})" if error.fix else error.what
+        return decoded.reject(recipe, RejectReason.BAD_LYRICS, message)
     except Exception as error:  # the libraries behind seventeen languages raise errors of any kind
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        return decoded.reject(recipe, RejectReason.BAD_LYRICS, kind + first_line(error))
+        return decoded.reject(recipe, RejectReason.BAD_LYRICS, f"{type(error).__name__}: {first_line(error)}")
+    if is_unusable(lyrics) and not recipe.keep_unknown_lyrics:
+        message = f"{describe_unknown(song.lyrics, lyrics)} (--keep_unknown_lyrics keeps such songs)"
+        return decoded.reject(recipe, RejectReason.BAD_LYRICS, message)
     return {"lyric_ids": [] if lyrics.is_empty else lyrics.ids, "lyric_languages": lyrics.languages}
 
 
@@ -206,6 +223,19 @@ def build_row(decoded: DecodedSong, columns: Mapping[str, Any], recipe: Recipe) 
         **columns,
     }
     return pa.Table.from_pylist([row], schema=SAMPLE_SCHEMA)
+
+
+def _was_refused(song: Song) -> bool:
+    """Whether earlier versions rejected a song for its `language` that is now used: such rejects are tried again."""
+    from acestep_ray.data.lyrics import LANGUAGES, parse_language
+
+    if re.split("[-_]", song.language.strip().lower())[0] in LANGUAGES:
+        return False
+    try:
+        parse_language(song.language)
+    except InputError:
+        return not song.lyrics.strip()
+    return True
 
 
 def first_line(error: Exception) -> str:

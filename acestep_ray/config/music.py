@@ -19,6 +19,7 @@ class GenerateConfig:
             "prompt",
             "lyrics",
             "language",
+            "keep_unknown_lyrics",
             "duration",
             "seed",
             "speaker_emb_path",
@@ -47,11 +48,13 @@ class GenerateConfig:
     transformer_path: str | None = None
     """Fine-tuned transformer to take instead of the checkpoint's: the folder that training all weights wrote."""
     prompt: str = ""
-    """Tags or a description of the music."""
+    """Tags or a description of the music, or a path to a text file that holds them."""
     lyrics: str = ""
-    """The lyrics, or a path to a text file that holds them."""
+    """The lyrics, or a path to a text file that holds them (.txt, .lrc, .srt, …); `\\n` is read as a line end."""
     language: str | None = None
-    """Language of all lyrics (en, de, fr, …); none detects it line by line."""
+    """Language of all lyrics: a code or an English name (en, German, …); none detects it line by line."""
+    keep_unknown_lyrics: bool = False
+    """Sing lyrics of which more than half is unknown to the model, such as Thai; else they are an error."""
     duration: float = 60.0
     """Length in seconds, at most 240."""
     seed: int | str | list[int] = 0
@@ -90,6 +93,7 @@ class EvaluateConfig:
             "dataset_path",
             "val_songs",
             "songs",
+            "keep_unknown_lyrics",
             "generated_dir",
             "reference_dir",
             "training_dir",
@@ -121,6 +125,8 @@ class EvaluateConfig:
     """Folder of audio, the songs trained on, that may not be repeated; none takes `reference_dir`."""
     songs: int = 8
     """Songs to measure on."""
+    keep_unknown_lyrics: bool = False
+    """Measure on songs with lyrics of which more than half is unknown to the model too; else they are an error."""
     duration: float = 30.0
     """Seconds of each generated clip, at most 240."""
     infer_steps: int = 60

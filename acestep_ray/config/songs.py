@@ -40,7 +40,15 @@ class PrecomputeConfig:
     """Runs the frozen models once over songs and writes the feature cache."""
 
     GROUPS: ClassVar[Groups] = {
-        "songs and cache": ("dataset_path", "split", "texts", "tag_metas", "output_dir", "retry_rejects"),
+        "songs and cache": (
+            "dataset_path",
+            "split",
+            "texts",
+            "tag_metas",
+            "output_dir",
+            "retry_rejects",
+            "keep_unknown_lyrics",
+        ),
         "models and precision": ("checkpoint_dir", "features", "device", "precision"),
         "what of each song": (
             "window",
@@ -97,6 +105,8 @@ class PrecomputeConfig:
     """Chooses the orders of the tags, and the random windows."""
     retry_rejects: bool = False
     """Try songs again that an earlier run rejected; else only those whose files or texts have changed."""
+    keep_unknown_lyrics: bool = False
+    """Keep songs with lyrics of which more than half is unknown to the model, such as Thai; else they are rejected."""
     device: str = "auto"
     """Device of the encoders: auto, cpu or cuda."""
     precision: str = "auto"

@@ -19,6 +19,7 @@ class TrainConfig:
             "tag_metas",
             "num_workers",
             "reload_dataloaders_every_n_epochs",
+            "keep_unknown_lyrics",
             "seed",
         ),
         "model and LoRA": ("checkpoint_dir", "lora_config_path", "init_lora_path", "train_parameters"),
@@ -162,6 +163,8 @@ class TrainConfig:
     """Threads that read the cache ahead of the model; songs without a cache take one, 0 reads nothing ahead."""
     reload_dataloaders_every_n_epochs: int = 1
     """Epochs after which the songs get a new order; 0 keeps the first one."""
+    keep_unknown_lyrics: bool = False
+    """Without a cache: keep songs with lyrics of which more than half is unknown to the model, else rejected."""
     every_n_train_steps: int = 2000
     """Steps between checkpoints; the last step always writes one."""
     ckpt_path: str | None = None
@@ -223,7 +226,14 @@ class TuneConfig(TrainConfig):
             "device",
             "worker_resource",
         ),
-        "data": ("dataset_path", "num_workers", "reload_dataloaders_every_n_epochs", "val_songs", "seed"),
+        "data": (
+            "dataset_path",
+            "num_workers",
+            "reload_dataloaders_every_n_epochs",
+            "keep_unknown_lyrics",
+            "val_songs",
+            "seed",
+        ),
         "model and LoRA": ("checkpoint_dir", "lora_config_path", "init_lora_path"),
         "experiment and tracking": ("exp_name", "exp_dir", "logger_dir", "tracking_uri", "allow_changes"),
         "batches of a trial": ("epochs", "batch_size", "batch_frames", "accumulate_grad_batches"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from acestep_ray.data import metas
-from acestep_ray.data.lyrics.languages import language_code
+from acestep_ray.data.languages import is_instrumental_language, language_code
 from acestep_ray.data.texts import recaptions_of, tags_of_cell, text_of_cell
 from acestep_ray.errors import InputError
 
@@ -191,7 +191,7 @@ def read_texts(
         instrumental=read("instrumental", metas.read_instrumental, None),
     )
     written = text("language")
-    if written.strip().lower() == "instrumental":
+    if is_instrumental_language(written):
         if found.instrumental is None:
             found.instrumental = True
     elif written:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from collections.abc import Iterable
 from html.entities import html5
 from typing import NamedTuple
@@ -73,7 +74,8 @@ _NAMED_SONGS = 3
 def read_lyric_text(text: str) -> tuple[str, list[LyricNote]]:
     """The lyrics that `text` holds, and what was changed or looks wrong.
 
-    In this order: invisible characters are removed; `\\n`, `\\r\\n`, `\\t`, `\\uXXXX` and `\\'`, typed as characters,
+    In this order: invisible characters are removed, and letters that are composed of several characters or styled
+    (`𝓵𝓸𝓿𝓮`, `ＬＯＶＥ`) become plain ones; `\\n`, `\\r\\n`, `\\t`, `\\uXXXX` and `\\'`, typed as characters,
     become what they stand for; HTML tags and entities likewise; times of LRC and subtitle files are removed, lines in
     the order of their times; lyrics that say that there are none become empty, unless they are the tag `[inst]` or
     `[instrumental]`; section headings become tags in brackets.
@@ -84,6 +86,7 @@ def read_lyric_text(text: str) -> tuple[str, list[LyricNote]]:
     read = text
     for step in (
         _without_invisible,
+        _with_plain_letters,
         _with_line_ends,
         _without_html,
         _without_times,
@@ -96,7 +99,8 @@ def read_lyric_text(text: str) -> tuple[str, list[LyricNote]]:
 
 # One search that finds nothing in most lyrics.
 _MAY_NEED_READING = re.compile(
-    r"[\\<&\u00ad\u200b\u200e\u200f\u202a-\u202e\u2028\u2029\u2060\u2066-\u2069\ufeff【［（(*#♪\x0b\x0c]"
+    r"[\\<&\u00ad\u200b\u200e\u200f\u202a-\u202e\u2028\u2029\u2060\u2066-\u2069\ufeff【［（(*#♪\x0b\x0c"
+    r"\u0300-\u036f\u1100-\u11ff\u3099\u309aＡ-Ｚａ-ｚ\U0001d400-\U0001d7ff]"
     r"|\r(?!\n)|\d\s*[:：]\s*\d|\d,\d+\]|\[[A-Za-z#]+:"
     r"|^[^\w\n]*(?i:verse|chorus|bridge|intro|outro|refrain|pre|post|final|last|double|repeat|hook|interlude|guitar"
     r"|piano|sax|drum|inst|this|no|without|sans|ohne|纯|純|此歌|無歌|无歌|インスト|歌詞|연주|가사|инст|без)",
@@ -120,6 +124,31 @@ def _without_invisible(text: str, notes: list[LyricNote]) -> str:
     notes.append(LyricNote("{} invisible characters removed", count))
     text, count = _LINE_SEPARATOR.subn("\n", text)
     notes.append(LyricNote("{} line separators read as line ends", count))
+    return text
+
+
+# Letters with accents of their own, as macOS stores them. Not all of NFC: it takes Devanagari letters apart.
+_DECOMPOSED = re.compile("[^\\W\\d_][\u0300-\u036f]+|[\u1100-\u11ff]+|[\u3041-\u30ff][\u3099\u309a]")
+# Full-width letters amid kana are read with them.
+_FULL_WIDTH_LETTERS = re.compile("^[^\u3041-\u30fa\n]*[Ａ-Ｚａ-ｚ][^\u3041-\u30fa\n]*$", re.MULTILINE)
+_FULL_WIDTH_LETTER = re.compile("[Ａ-Ｚａ-ｚ０-９]")
+_STYLED_LETTER = re.compile("[\U0001d400-\U0001d7ff]")
+
+
+def _with_plain_letters(text: str, notes: list[LyricNote]) -> str:
+    before = text
+    text = _DECOMPOSED.sub(lambda match: unicodedata.normalize("NFC", match[0]), text)
+    notes.append(LyricNote("{} separate accents joined with their letters", len(before) - len(text)))
+    text, styled = _STYLED_LETTER.subn(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+
+    def in_line(line: re.Match[str]) -> str:
+        nonlocal styled
+        plain, count = _FULL_WIDTH_LETTER.subn(lambda match: unicodedata.normalize("NFKC", match[0]), line[0])
+        styled += count
+        return plain
+
+    text = _FULL_WIDTH_LETTERS.sub(in_line, text)
+    notes.append(LyricNote("{} styled letters written plainly", styled))
     return text
 
 

@@ -44,6 +44,9 @@ _OUR_ENTRIES = re.compile(
 )
 
 _SHOWN_WARNINGS = 20
+_NAMED = 3
+# Of a song's letters.
+_WARNED_SHARE = 0.05
 # A request is mostly waiting.
 _CHECKED_AT_ONCE = 32
 
@@ -147,6 +150,7 @@ def _check(found: _Found, findings: Findings, source: str) -> None:
         for song, problems in zip(songs, problems_of, strict=False):
             findings.problems += [*song.problems, *problems]
     _check_keys(found.songs, findings)
+    findings.warnings += _warnings_of_scripts(found.songs)
     _stop_on_problems(findings, source)
 
 
@@ -286,6 +290,27 @@ def _check_keys(songs: list[SourceSong], findings: Findings) -> None:
         for key, sharing in origins.items()
         if len(sharing) > 1
     ]
+
+
+def _warnings_of_scripts(songs: list[SourceSong]) -> list[str]:
+    """Which songs are sung in scripts that ACE-Step v1 has no tokens for, a line for each script."""
+    from acestep_ray.data.lyrics import percent, scripts_without_tokens
+
+    found: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for song in songs:
+        for script, share in scripts_without_tokens(song.texts.lyrics).items():
+            if share > _WARNED_SHARE:
+                found[script].append((share, song.origin))
+    lines = []
+    for script, lacking in found.items():
+        lacking.sort(key=lambda each: (-each[0], each[1]))
+        named = ", ".join(f"{origin} {percent(share)}" for share, origin in lacking[:_NAMED])
+        more = ", …" if len(lacking) > _NAMED else ""
+        lines.append(
+            f"lyrics of {len(lacking)} song{'s' * (len(lacking) != 1)} have letters in {script}, for which "
+            f"ACE-Step v1 has no tokens: {named}{more}; precompute rejects songs that are mostly unknown"
+        )
+    return lines
 
 
 def _stop_on_problems(findings: Findings, source: str) -> None:

@@ -41,7 +41,7 @@ from acestep_ray.evaluation.scores import (
     score_clips,
     score_rows,
 )
-from acestep_ray.evaluation.songs import choose_songs, open_cache
+from acestep_ray.evaluation.songs import check_lyrics, choose_songs, open_cache
 from acestep_ray.export.card import read_run
 from acestep_ray.generation.models import AUTO, PRECISIONS, is_bfloat16
 from acestep_ray.generation.render import write_mel_picture
@@ -141,7 +141,9 @@ def make_plan(
     """The models and the songs, all checked. Raises InputError."""
     candidates = find_candidates(config, checkpoint, copies)
     reader = CacheReader(open_cache(config, checkpoint))
-    return Plan(candidates, reader, choose_songs(reader.index, candidates, config, notes))
+    songs = choose_songs(reader.index, candidates, config, notes)
+    check_lyrics(reader, songs, checkpoint, config, notes)
+    return Plan(candidates, reader, songs)
 
 
 def check_evaluate_config(config: EvaluateConfig) -> None:

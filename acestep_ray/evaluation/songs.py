@@ -9,7 +9,9 @@ import numpy as np
 import yaml
 
 from acestep_ray.cache.index import CacheIndex
+from acestep_ray.cache.reader import CacheReader
 from acestep_ray.config import EvaluateConfig
+from acestep_ray.data.lyrics import MAX_UNKNOWN_SHARE, WARNED_UNKNOWN_SHARE, LyricTokenizer, percent
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.candidates import Candidate
 from acestep_ray.evaluation.notes import Notes
@@ -71,6 +73,35 @@ def choose_songs(
         held_out = np.arange(len(index))
         notes.warn("the models' runs held out no songs: the figures are of songs that they were trained on")
     return [int(song) for song in held_out[: config.songs]]
+
+
+def check_lyrics(
+    reader: CacheReader,
+    songs: Sequence[int],
+    checkpoint: CheckpointDir,
+    config: EvaluateConfig,
+    notes: Notes,
+) -> None:
+    """Warn of songs with unknown lyric tokens; `songs` are positions in the cache.
+
+    Raises InputError for lyrics of which most is unknown, unless such songs are kept.
+    """
+    tokenizer = LyricTokenizer.from_file(checkpoint.lyric_vocab_path())
+    shares = {}
+    for position in songs:
+        song = reader.read(position)
+        if song.has_lyrics:
+            shares[song.key] = tokenizer.unknown_share(song.lyric_ids.tolist())
+    unusable = [f"{key} {percent(share)}" for key, share in shares.items() if share > MAX_UNKNOWN_SHARE]
+    if unusable and not config.keep_unknown_lyrics:
+        raise InputError(
+            "the model cannot sing the lyrics of these songs, since most of their tokens are unknown",
+            where=f"{config.dataset_path}, {', '.join(unusable)}",
+            fix="run `acestep-ray precompute` again, which rejects them, or measure on them with --keep_unknown_lyrics",
+        )
+    for key, share in shares.items():
+        if share > WARNED_UNKNOWN_SHARE:
+            notes.warn(f"{percent(share)} of the lyric tokens of {key} are unknown to the model")
 
 
 def held_out_by(

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acestep_ray.config import GenerateConfig
+from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.errors import InputError
 from acestep_ray.generation.audio import SUBTYPES
 from acestep_ray.generation.graph import Outcome, choose_pool, make_songs
 from acestep_ray.generation.models import choose_models, is_bfloat16
 from acestep_ray.generation.records import Recipe, find_made
-from acestep_ray.generation.requests import songs_of_file
+from acestep_ray.generation.requests import check_lyrics, songs_of_file
 from acestep_ray.generation.song import Song, together
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.ray_runtime import connect, faults_explained
@@ -86,6 +87,8 @@ def generate_batch(config: GenerateConfig) -> BatchSummary:
     path, output_dir = check_batch(config)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
     request = songs_of_file(path, config, checkpoint.transformer_config.speaker_embedding_dim)
+    tokenizer = LyricTokenizer.from_file(checkpoint.lyric_vocab_path())
+    request = check_lyrics(request, tokenizer, config.keep_unknown_lyrics, where=f"--batch_path {path}")
     choice = choose_models(config, checkpoint)
     store = claim_output(output_dir, path)
     request.show_warnings()

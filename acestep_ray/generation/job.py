@@ -12,11 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from acestep_ray.config import GenerateConfig
+from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.errors import InputError
 from acestep_ray.generation.audio import SUBTYPES, Sound, audio_bytes
 from acestep_ray.generation.models import MusicModels, choose_models
 from acestep_ray.generation.render import write_mel_picture
-from acestep_ray.generation.requests import songs_of_flags
+from acestep_ray.generation.requests import check_lyrics, songs_of_flags
 from acestep_ray.generation.song import Song, together
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE
@@ -74,6 +75,8 @@ def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
         config, posixpath.splitext(output.name)[0], checkpoint.transformer_config.speaker_embedding_dim
     )
     check_names(output, request.songs)
+    tokenizer = LyricTokenizer.from_file(checkpoint.lyric_vocab_path())
+    request = check_lyrics(request, tokenizer, config.keep_unknown_lyrics, where="--lyrics")
     choice = choose_models(config, checkpoint)
     request.show_warnings()
     models = MusicModels.load(choice)

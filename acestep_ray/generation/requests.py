@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,8 +10,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from acestep_ray.config import GenerateConfig
-from acestep_ray.data.lyrics import parse_language
+from acestep_ray.data.languages import language_code
+from acestep_ray.data.lyric_text import LyricNote, LyricNotes, read_lyric_text
+from acestep_ray.data.lyrics import (
+    WARNED_UNKNOWN_SHARE,
+    LyricTokenizer,
+    describe_unknown,
+    is_unusable,
+    parse_language,
+)
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
+from acestep_ray.data.text_files import text_or_file
 from acestep_ray.data.texts import is_unicode
 from acestep_ray.diffusion.solvers import SCHEDULERS
 from acestep_ray.errors import InputError
@@ -45,6 +53,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 _TEXT = ((str,), "text")
 # Files carry a suffix, and a longer one while they are written.
 _LONGEST_NAME = 200
+_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ def songs_of_flags(config: GenerateConfig, name: str, speaker_dim: int) -> Reque
     """
     reader = _SettingsReader(Path(), speaker_dim)
     values = reader.read_flags(config)
-    return Request(_songs(values, name, line=0), reader.warnings)
+    notes = [f"lyrics: {note}" for note in reader.lyric_notes]
+    return Request(_songs(values, name, line=0), [*reader.warnings, *notes])
 
 
 def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Request:
@@ -86,6 +96,8 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
     flags = _SettingsReader(Path(), speaker_dim)
     defaults = flags.read_flags(config)
     reader = _SettingsReader(path.parent, speaker_dim)
+    lyric_notes = LyricNotes()
+    lyric_notes.add("--lyrics", flags.lyric_notes)
     songs: list[Song] = []
     problems: list[str] = []
     lines_of_names: dict[str, int] = {}
@@ -102,6 +114,7 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
         problems += (f"line {number}: `{setting}`: {_told(error)}" for setting, error in wrong.items())
         if wrong:
             continue
+        lyric_notes.add(name, reader.lyric_notes)
         made = _songs(defaults | values, name, line=number)
         for song in made:
             first = lines_of_names.setdefault(song.name, number)
@@ -117,26 +130,50 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
         )
     if not songs:
         raise InputError("there are no songs", where=where, fix="give a file with one JSON object a line")
-    return Request(songs, [*flags.warnings, *reader.warnings])
+    return Request(songs, [*flags.warnings, *reader.warnings, *lyric_notes.warnings()])
 
 
-def read_lyrics(lyrics: str, folder: Path) -> str:
-    """The lyrics themselves, or the text of the file that they name, relative to `folder`.
+def read_lyrics(lyrics: str, folder: Path) -> tuple[str, list[LyricNote]]:
+    """The lyrics, or those of the file that they name, relative to `folder`, and what was changed in them.
 
-    Raises InputError for a file that is no text.
+    Raises InputError for a file that is missing or no text.
     """
-    looks_like_a_path = "\n" not in lyrics and len(lyrics) < 1024
-    if not looks_like_a_path or not lyrics.strip():
-        return lyrics
-    path = folder / lyrics
-    if not os.path.isfile(path):
-        if path.suffix.lower() in (".txt", ".lyrics"):
-            raise InputError(f"no such file ({path})", fix="give the lyrics, or a file that holds them")
-        return lyrics
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the lyrics of {path} ({error})", fix="save as UTF-8") from None
+    return read_lyric_text(text_or_file(lyrics, folder, slash_is_path=True))
+
+
+def check_lyrics(
+    request: Request, tokenizer: LyricTokenizer, keep_unknown_lyrics: bool, where: str
+) -> Request:
+    """The request with warnings on lyrics that have unknown tokens. `where` names the lyrics in errors.
+
+    Raises InputError for lyrics of which most is unknown, unless `keep_unknown_lyrics`.
+    """
+    unusable: dict[str, str] = {}
+    warned: dict[str, str] = {}
+    for song in request.songs:
+        if song.lyrics in unusable or song.lyrics in warned or not tokenizer.may_lack_tokens(song.lyrics):
+            continue
+        tokens = tokenizer.encode(song.lyrics, song.language)
+        told = describe_unknown(song.lyrics, tokens)
+        if song.line:
+            told = f"line {song.line}: {told}"
+        if is_unusable(tokens) and not keep_unknown_lyrics:
+            unusable[song.lyrics] = told
+        elif tokens.unknown_share > WARNED_UNKNOWN_SHARE:
+            warned[song.lyrics] = told
+    if unusable:
+        listed = "".join(f"\n  - {told}" for told in _listed(list(unusable.values())))
+        raise InputError(
+            "the model cannot sing these lyrics",
+            where=f"{where}{listed}",
+            fix="romanise them, or sing them all the same with --keep_unknown_lyrics",
+        )
+    return Request(request.songs, [*request.warnings, *_listed(list(warned.values()))])
+
+
+def _listed(lines: list[str]) -> list[str]:
+    more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return lines[:_LISTED] + more
 
 
 def parse_seeds(value: int | str | list[Any]) -> list[int]:
@@ -161,10 +198,13 @@ class _SettingsReader:
         self.folder = folder
         self.speaker_dim = speaker_dim
         self.warnings: list[str] = []
+        self.lyric_notes: list[LyricNote] = []
+        """Of the row that was read last."""
 
     def read(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, InputError]]:
         """The settings as songs hold them, and by name what is wrong with the others."""
         read, wrong = {}, {}
+        self.lyric_notes = []
         for name, value in values.items():
             try:
                 read[name] = None if value is None else self._read(name, value)
@@ -187,13 +227,15 @@ class _SettingsReader:
         if name == "seed":
             return parse_seeds(value)
         if name == "lyrics":
-            return read_lyrics(value, self.folder)
+            lyrics, notes = read_lyrics(value, self.folder)
+            self.lyric_notes += notes
+            return lyrics
         if name == "language":
             return self._language(value)
         if name == "speaker_emb_path":
             return self._speaker(value)
         if name == "prompt":
-            return value
+            return text_or_file(value, self.folder, slash_is_path=False)
         if name == "scheduler":
             _check(value in SCHEDULERS, "unknown scheduler", ", ".join(SCHEDULERS))
             return value
@@ -212,6 +254,7 @@ class _SettingsReader:
         return float(value)
 
     def _language(self, code: str) -> str | None:
+        language_code(code)  # nonsense is an error
         try:
             return parse_language(code)
         except InputError as error:

@@ -23,6 +23,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
 from acestep_ray.cache.decoding import decode_song, file_versions
+from acestep_ray.cache.lyric_warnings import lyric_warnings
 from acestep_ray.cache.schema import has_types, table_from_bytes, table_to_bytes
 from acestep_ray.cache.songs import DecodedSong, FileVersions, Recipe, Reject, Song, encode_lyrics
 from acestep_ray.cache.transport import decoded_table, plain_faults
@@ -152,7 +153,7 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
         rejects=rejects,
         scanned=scanned,
         wall_seconds=time.monotonic() - started,
-        warnings=songs.warnings,
+        warnings=[*songs.warnings, *lyric_warnings(songs, tokenizer, recipe.keep_unknown_lyrics)],
         layouts=songs.layouts,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from acestep_ray.data.languages import language_code
 from acestep_ray.errors import InputError
 
 LANGUAGES = (
@@ -30,6 +31,8 @@ LANGUAGES = (
     "ko",
     "hi",
 )
+# Languages in the script of another, which its reading serves.
+_READ_AS = {"yue": "zh"}
 LATIN_LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "pl", "tr", "cs", "nl", "hu")
 
 _STRUCTURE_TAG = re.compile(r"\[.*?\]")
@@ -63,18 +66,20 @@ _ENGLISH_PRIOR_BESIDE_OTHER_SCRIPT = 2.0
 _ITERATIONS = 30
 
 
-def parse_language(code: str) -> str:
-    """Return the entry of `LANGUAGES` that `code` names: "EN", "zh-cn" and "pt_BR" are "en", "zh" and "pt".
+def parse_language(text: str) -> str | None:
+    """Return the entry of `LANGUAGES` that `text` names, None where it says that the language is unknown.
 
-    Raises `InputError` for any other language.
+    Read are the codes and names of `language_code`: "EN", "eng", "English", "zh-cn" and "jp". Raises `InputError` for
+    any other language.
     """
-    language = re.split("[-_]", code.strip().lower())[0]
-    if language not in LANGUAGES:
+    code = language_code(text)
+    language = _READ_AS.get(code, code)
+    if language and language not in LANGUAGES:
         raise InputError(
-            f"lyrics in the language {code!r} are not supported",
+            f"lyrics in the language {text!r} are not supported",
             fix=f"use one of {', '.join(LANGUAGES)}, or give no language to have it found line by line",
         )
-    return language
+    return language or None
 
 
 def is_structure_line(line: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,15 @@ from acestep_ray.errors import InputError
 MAX_LYRIC_TOKENS = 4096
 MAX_LINE_CHARACTERS = 32_768
 """A line is cut after this many characters: whole books in one line would take minutes."""
+
+# Of characters: a token of known text has up to some five, an unknown one has one.
+_SUSPICIOUS_SHARE = 0.005
+# Whitespace and quotation marks, which go; Chinese, Japanese and Korean letters with their punctuation, which become
+# Latin letters and commas.
+_READ_WITHOUT_TOKEN = (
+    r"\s\"\u1100-\u11ff\u3000-\u30ff\u3131-\u318e\u31f0-\u31ff\u3400-\u9fff\uac00-\ud7a3"
+    r"\uf900-\ufaff\uff00-\uffef"
+)
 
 # The token that stands where there are no lyrics; its mask is 0, as in the released model's inference.
 _NO_LYRICS_ID = 0
@@ -72,6 +83,8 @@ class LyricTokens:
 
     ids: list[int]
     languages: list[str]
+    unknown_share: float = 0.0
+    """Of the tokens that stand for sung text, from 0 to 1: not of spaces, language tokens and structure tags."""
 
     @property
     def is_empty(self) -> bool:
@@ -93,6 +106,18 @@ class LyricTokenizer:
         """Changes when the vocabulary or the rules of this front end do."""
         vocabulary = tokenizer.get_vocab()
         self._start_id, self._space_id = vocabulary[_START], vocabulary[_SPACE]
+        self._unknown_id = vocabulary[_UNKNOWN]
+        self._language_ids = frozenset(vocabulary[token] for token in _LANGUAGE_TOKENS.values())
+        # First tokens of lines that are structure tags: `[`, or a tag as a whole.
+        self._tag_ids = frozenset(
+            index
+            for token, index in vocabulary.items()
+            if token.startswith("[") and token not in _REQUIRED_TOKENS
+        )
+        characters = "".join(entry for entry in vocabulary if len(entry) == 1)
+        self._without_token = re.compile(
+            rf"[^{re.escape(''.join(sorted({*characters, *characters.upper()})))}{_READ_WITHOUT_TOKEN}]+"
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> LyricTokenizer:
@@ -129,12 +154,12 @@ class LyricTokenizer:
 
         A blank line is `[SPACE]` alone. A line that starts with a tag in brackets is English; `language` decides
         for all others, or, where it is None, `detect_line_languages` over the first 4096 lines that are not blank.
-        Raises `InputError` for a language that is not supported.
+        Raises `InputError` for a language that is not supported, unless there are no lyrics.
         """
-        chosen = None if language is None else parse_language(language)
         lines = [line.strip()[:MAX_LINE_CHARACTERS] for line in lyrics.split("\n")]
         if not any(lines):
             return LyricTokens([_NO_LYRICS_ID], [])
+        chosen = None if language is None else parse_language(language)
 
         # Each line is a token at least.
         languages = iter(self._line_languages([line for line in lines if line][:MAX_LYRIC_TOKENS], chosen))
@@ -147,12 +172,36 @@ class LyricTokenizer:
                 encoded_languages.append(next(languages))
                 ids += self.encode_line(line, encoded_languages[-1])
             ids.append(self._space_id)
-        return LyricTokens(ids[:MAX_LYRIC_TOKENS], encoded_languages)
+        ids = ids[:MAX_LYRIC_TOKENS]
+        return LyricTokens(ids, encoded_languages, self.unknown_share(ids))
+
+    def unknown_share(self, ids: Sequence[int]) -> float:
+        """Share of unknown tokens among those of sung text, from 0 to 1: not of spaces, languages and tags."""
+        sung = unknown = 0
+        is_tag = is_first = False
+        for token in ids:
+            if token in self._language_ids:
+                is_first = True
+                continue
+            if is_first:
+                is_tag, is_first = token in self._tag_ids, False
+            if not is_tag and token not in (self._space_id, self._start_id):
+                sung += 1
+                unknown += token == self._unknown_id
+        return unknown / sung if sung else 0.0
 
     def encode_line(self, line: str, language: str) -> list[int]:
         """Return the ids of one line, cleaned in `language` (one of `LANGUAGES`) and led by the language's token."""
         marked = f"{_LANGUAGE_TOKENS[language]}{clean(line, language)}".replace(" ", _SPACE)
         return self._tokenizer.encode(marked).ids
+
+    def may_lack_tokens(self, lyrics: str) -> bool:
+        """Whether more than a few characters have no token: cheap to ask of lyrics before they are encoded.
+
+        False means that less than some per cent of the tokens are unknown.
+        """
+        unknown = sum(map(len, self._without_token.findall(lyrics)))
+        return unknown > _SUSPICIOUS_SHARE * len(lyrics)
 
     @staticmethod
     def _line_languages(lines: list[str], chosen: str | None) -> list[str]:
