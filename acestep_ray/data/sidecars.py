@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import posixpath
 import threading
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,6 +36,7 @@ _ENDINGS = {
 _ALL_ENDINGS = tuple(ending for endings in _ENDINGS.values() for ending in endings)
 # Of Parquet only Hugging Face's: a feature cache within the folder has many.
 _TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", "metadata.parquet")
+_KIND_OF_ENDING = tuple(kind for kind, endings in _ENDINGS.items() for _ in endings)
 _V15_ENDINGS = (".lyrics.txt", ".caption.txt")
 # A JSON file with one of these was meant for a song.
 _TELLING_NAMES = ("caption", "lyrics", "bpm", "keyscale")
@@ -54,25 +56,29 @@ class Sidecars:
         stems: set[str] = set()
         for name in audio:
             stems.update((_stem(name), name))
-        self._texts: dict[str, str] = {}
-        """Names of files by stem and ending, the ending in lower case."""
+        self._files: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        """Of each song's stem: places of endings in `_ALL_ENDINGS`, and files' names."""
         self.tables: list[str] = []
         """Files that may be tables of songs."""
-        unclaimed: list[tuple[str, str]] = []
+        unclaimed: dict[str, list[tuple[str, int]]] = {}
         for name in others:
             lower = name.lower()
             if _may_be_table(name, stems):
                 self.tables.append(name)
-            splits = [(name[: -len(e)], e) for e in _ALL_ENDINGS if lower.endswith(e)]
-            self._texts.update({stem + ending: name for stem, ending in splits})
-            if splits and not any(stem in stems for stem, _ in splits):
-                unclaimed += splits
-        wanted = {folded(stem) for stem, _ in unclaimed}
+            splits = [(name[: -len(e)], place) for place, e in enumerate(_ALL_ENDINGS) if lower.endswith(e)]
+            own = [split for split in splits if split[0] in stems]
+            for stem, place in own:
+                self._files[stem].append((place, name))
+            if splits and not own:
+                unclaimed[name] = splits
+        self._unclaimed = set(unclaimed)
+        wanted = {folded(stem) for splits in unclaimed.values() for stem, _ in splits}
         self._alike = Names(stem for stem in stems if folded(stem) in wanted) if wanted else Names()
         """Songs whose names are those of texts, spelled otherwise."""
-        self._respelled = Names(
-            stem + ending for stem, ending in unclaimed if self._alike.find(stem) is not None
-        )
+        for name, splits in unclaimed.items():
+            for stem, place in splits:
+                if (song := self._alike.find(stem)) is not None:
+                    self._files[song].append((place, name))
 
     def texts_of(
         self, name: str, row: tuple[str, SongTexts] | None, problems: list[str], findings: Findings
@@ -87,9 +93,10 @@ class Sidecars:
 
     def left_over(self) -> list[str]:
         """Warnings about text files that belong to no song."""
+        everything = self._unclaimed.union(name for files in self._files.values() for _, name in files)
         names = sorted(
             name
-            for name in set(self._texts.values()) - self._used - set(self.tables)
+            for name in everything - self._used - set(self.tables)
             if not name.lower().endswith(_OF_NO_SONG)
         )
         return [self._why_left_over(name) for name in names]
@@ -106,17 +113,13 @@ class Sidecars:
                 )
         return f"{printable(name)}: belongs to no song, since no audio file has its name"
 
-    def find(self, name: str, kind: str) -> list[str]:
-        """The files of a kind beside a song, in the order in which they are preferred."""
-        found = []
-        for stem in (_stem(name), name):
-            for ending in _ENDINGS[kind]:
-                text = self._texts.get(stem + ending)
-                if text is None and (spelled := self._respelled.find(stem + ending)) is not None:
-                    text = self._texts[spelled]
-                if text is not None and text not in found:
-                    found.append(text)
-        return found
+    def files_of(self, name: str) -> dict[str, list[str]]:
+        """The files beside a song by their kinds, each kind's in the order in which they are preferred."""
+        found = sorted({*self._files.get(_stem(name), ()), *self._files.get(name, ())})
+        kinds: dict[str, list[str]] = {}
+        for place, file in found:
+            kinds.setdefault(_KIND_OF_ENDING[place], []).append(file)
+        return kinds
 
     def read(self, file: str, problems: list[str]) -> str:
         """The text of a file, which is a song's from now on."""
@@ -135,6 +138,7 @@ class _SongReader:
 
     def __init__(self, sidecars: Sidecars, name: str, problems: list[str], findings: Findings):
         self.sidecars, self.name = sidecars, name
+        self.files = sidecars.files_of(name)
         self.origin = printable(name)
         self.problems, self.findings = problems, findings
         self.layouts: list[str] = []
@@ -177,12 +181,12 @@ class _SongReader:
         elif caption is not None:
             self.layouts.append(layouts.V15)
         elif lyrics is not None:
-            (first, *_) = self.sidecars.find(self.name, "lyrics")
+            (first, *_) = self.files["lyrics"]
             self.layouts.append(layouts.V15 if first.lower().endswith(_V15_ENDINGS) else layouts.V1)
         self.has_lyrics = lyrics is not None
 
     def _read_json(self) -> SongTexts | None:
-        files = self.sidecars.find(self.name, "json")
+        files = self.files.get("json")
         if not files:
             return None
         own: list[str] = []
@@ -205,7 +209,7 @@ class _SongReader:
         self, texts: SongTexts, facts: SongTexts | None, row: tuple[str, SongTexts] | None
     ) -> SongTexts | None:
         """What `NAME.txt` says."""
-        files = self.sidecars.find(self.name, "text")
+        files = self.files.get("text")
         if not files:
             self._warn_of_no_prompt(texts, facts, row)
             return None
@@ -288,7 +292,7 @@ class _SongReader:
         return read_texts(cells, recaption, origin, self.problems, self.findings.warnings)
 
     def _read_first(self, kind: str) -> str | None:
-        files = self.sidecars.find(self.name, kind)
+        files = self.files.get(kind)
         if not files:
             return None
         for other in files[1:]:
