@@ -20,7 +20,7 @@ from acestep_ray.data.lyrics import (
     parse_language,
 )
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
-from acestep_ray.data.text_files import text_or_file
+from acestep_ray.data.text_files import decode_text, text_or_file
 from acestep_ray.data.texts import is_unicode
 from acestep_ray.diffusion.solvers import SCHEDULERS
 from acestep_ray.errors import InputError
@@ -88,8 +88,8 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
     """
     where = f"--batch_path {path}"
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(path.read_bytes()).replace("\r\n", "\n").split("\n")
+    except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read the songs ({error})", where=where, fix="give a file with one JSON object a line"
         ) from None
@@ -138,7 +138,7 @@ def read_lyrics(lyrics: str, folder: Path) -> tuple[str, list[LyricNote]]:
 
     Raises InputError for a file that is missing or no text.
     """
-    return read_lyric_text(text_or_file(lyrics, folder, slash_is_path=True))
+    return read_lyric_text(text_or_file(lyrics, folder, words_name_files=True))
 
 
 def check_lyrics(
@@ -235,7 +235,7 @@ class _SettingsReader:
         if name == "speaker_emb_path":
             return self._speaker(value)
         if name == "prompt":
-            return text_or_file(value, self.folder, slash_is_path=False)
+            return text_or_file(value, self.folder, words_name_files=False)
         if name == "scheduler":
             _check(value in SCHEDULERS, "unknown scheduler", ", ".join(SCHEDULERS))
             return value
