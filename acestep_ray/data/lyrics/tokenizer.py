@@ -27,6 +27,7 @@ MAX_LYRIC_TOKENS = 4096
 MAX_LINE_CHARACTERS = 32_768
 """A line is cut after this many characters: whole books in one line would take minutes."""
 
+_WHOLE_TAG = re.compile(r"\[[^\[\]]*\]\W*")
 # Of characters: a token of known text has up to some five, an unknown one has one.
 _SUSPICIOUS_SHARE = 0.005
 # Whitespace and quotation marks, which go; brackets, of tags; Chinese, Japanese and Korean letters with their
@@ -178,7 +179,7 @@ class LyricTokenizer:
                 encoded_languages.append(next(languages))
                 line_ids = self.encode_line(line, encoded_languages[-1])
                 ids += line_ids
-                if not is_structure_line(line):
+                if not _WHOLE_TAG.fullmatch(line):
                     sung += line_ids
             ids.append(self._space_id)
         return LyricTokens(ids[:MAX_LYRIC_TOKENS], encoded_languages, self._share_of_unknown(sung))

@@ -84,6 +84,18 @@ def test_lyrics_in_two_scripts_are_measured_by_their_sung_tokens(tokenizer):
     assert share == pytest.approx(9 / 57)
 
 
+def test_a_tag_before_sung_words_does_not_hide_them(tokenizer):
+    lyrics = f"[verse] {WITHOUT_TOKENS['Thai']}"
+    assert is_unusable(tokenizer.encode(lyrics))
+    assert scripts_without_tokens(lyrics) == {"Thai": 1.0}
+
+
+def test_the_share_of_cached_tokens_is_that_of_their_lyrics(tokenizer):
+    lyrics = f"[verse]\nhello there, my friend\n[chorus]\n{WITHOUT_TOKENS['Hebrew']}"
+    tokens = tokenizer.encode(lyrics)
+    assert tokenizer.unknown_share(tokens.ids) == pytest.approx(tokens.unknown_share)
+
+
 @pytest.mark.parametrize("lyrics", ["", "[inst]", "[verse]\n[chorus]"])
 def test_what_has_no_sung_text_has_no_unknown_tokens(tokenizer, lyrics):
     assert tokenizer.encode(lyrics).unknown_share == 0.0
