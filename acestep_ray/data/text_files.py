@@ -89,9 +89,9 @@ def decode_text(content: bytes) -> str:
 
 
 def read_text_file(path: Path) -> str:
-    """The text of a file. Raises InputError where it cannot be read or is no text."""
+    """The text of a file, line ends as LF. Raises InputError where it cannot be read or is no text."""
     try:
-        return decode_text(path.read_bytes())
+        return decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise InputError(f"cannot read the text file {path} ({error.strerror or error})") from None
     except ValueError as error:

@@ -141,6 +141,14 @@ def read_lyrics(lyrics: str, folder: Path) -> tuple[str, list[LyricNote]]:
     return read_lyric_text(text_or_file(lyrics, folder, words_name_files=True))
 
 
+def read_prompt(prompt: str, folder: Path) -> str:
+    """The prompt, or that of the file that it names, its lines joined by commas."""
+    text = text_or_file(prompt, folder, words_name_files=False)
+    if text == prompt:
+        return prompt
+    return ", ".join(line.strip().rstrip(",") for line in text.split("\n") if line.strip())
+
+
 def check_lyrics(
     request: Request, tokenizer: LyricTokenizer, keep_unknown_lyrics: bool, where: str
 ) -> Request:
@@ -151,10 +159,14 @@ def check_lyrics(
     unusable: dict[str, str] = {}
     warned: dict[str, str] = {}
     for song in request.songs:
-        if song.lyrics in unusable or song.lyrics in warned or not tokenizer.may_lack_tokens(song.lyrics):
+        if (
+            song.lyrics in unusable
+            or song.lyrics in warned
+            or not tokenizer.may_lack_tokens(song.lyrics, song.language)
+        ):
             continue
         tokens = tokenizer.encode(song.lyrics, song.language)
-        told = describe_unknown(song.lyrics, tokens)
+        told = describe_unknown(song.lyrics, tokens, song.language)
         if song.line:
             told = f"line {song.line}: {told}"
         if is_unusable(tokens) and not keep_unknown_lyrics:
@@ -235,7 +247,7 @@ class _SettingsReader:
         if name == "speaker_emb_path":
             return self._speaker(value)
         if name == "prompt":
-            return text_or_file(value, self.folder, words_name_files=False)
+            return read_prompt(value, self.folder)
         if name == "scheduler":
             _check(value in SCHEDULERS, "unknown scheduler", ", ".join(SCHEDULERS))
             return value

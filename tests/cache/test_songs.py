@@ -166,13 +166,13 @@ def test_warnings_are_a_line_for_each_kind_with_the_share_of_the_worst(lyric_tok
         "e": r"one\ntwo",
     }
     rows = [{"keys": key, "filename": f"{key}.wav", "norm_lyrics": text} for key, text in lyrics.items()]
-    times, line_ends, unknown = lyric_warnings(rows, lyric_tokenizer, keep_unknown_lyrics=False)
+    times, line_ends, unknown = lyric_warnings(rows, lyric_tokenizer, rejected={"d"})
     assert times == "lyrics of 1 song (b): times of 1 line removed"
     assert line_ends == r"lyrics of 1 song (e): 1 typed \n read as line ends"
     # Rejected songs are told of with their rejects.
     assert unknown.startswith("lyrics of 1 song have tokens that are unknown to the model (Hebrew): c ")
-    kept = lyric_warnings(rows, lyric_tokenizer, keep_unknown_lyrics=True)[-1]
+    kept = lyric_warnings(rows, lyric_tokenizer, rejected=())[-1]
     assert kept.startswith(
         "lyrics of 2 songs have tokens that are unknown to the model (Thai, Hebrew): d 100 %, c "
     )
-    assert lyric_warnings(rows, None, keep_unknown_lyrics=False) == [times, line_ends]
+    assert lyric_warnings(rows, None, rejected=()) == [times, line_ends]

@@ -123,7 +123,7 @@ def test_lyrics_are_read_and_what_was_changed_is_told(config, batch, tmp_path):
     assert typed.songs[0].lyrics == "[verse]\none\ntwo"
     assert typed.warnings == [r"lyrics: 2 typed \n read as line ends"]
     (tmp_path / "a.lrc").write_text("[ti:x]\n[00:12.34]hello\n[00:13.34]there", encoding="utf-16")
-    (tmp_path / "tags.txt").write_text("jazz, slow", encoding="utf-8")
+    (tmp_path / "tags.txt").write_bytes(b"jazz,\r\nslow\r\n")
     rows = batch(
         {"lyrics": "a.lrc", "name": "a", "prompt": "tags.txt"}, {"lyrics": "[00:12.34]one", "name": "b"}
     )

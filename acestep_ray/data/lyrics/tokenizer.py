@@ -17,6 +17,7 @@ from acestep_ray.data.lyric_text import read_lyric_text
 from acestep_ray.data.lyrics.cleaners import clean
 from acestep_ray.data.lyrics.segment import (
     LANGUAGES,
+    LETTERS,
     detect_line_languages,
     is_structure_line,
     parse_language,
@@ -27,6 +28,8 @@ MAX_LYRIC_TOKENS = 4096
 MAX_LINE_CHARACTERS = 32_768
 """A line is cut after this many characters: whole books in one line would take minutes."""
 
+_ROMANISED = {"zh": {"han"}, "ja": {"han", "kana"}, "ko": {"hangul"}}
+_ROMANISED_LETTERS = ("han", "kana", "hangul")
 _WHOLE_TAG = re.compile(r"\[[^\[\]]*\]\W*")
 # Of characters: a token of known text has up to some five, an unknown one has one.
 _SUSPICIOUS_SHARE = 0.005
@@ -211,13 +214,26 @@ class LyricTokenizer:
         marked = f"{_LANGUAGE_TOKENS[language]}{clean(line, language)}".replace(" ", _SPACE)
         return self._tokenizer.encode(marked).ids
 
-    def may_lack_tokens(self, lyrics: str) -> bool:
-        """Whether more than a few characters have no token: cheap to ask of lyrics before they are encoded.
+    def may_lack_tokens(self, lyrics: str, language: str | None = None) -> bool:
+        """Whether more than a few characters may have no token: cheap to ask of lyrics before they are encoded.
 
         False means that less than some per cent of the tokens are unknown.
         """
+        romanised = {name for name in _ROMANISED_LETTERS if LETTERS[name].search(lyrics)}
+        if romanised and not self._is_romanised(romanised, language):
+            return True
         unknown = sum(map(len, self._without_token.findall(lyrics)))
         return unknown > _SUSPICIOUS_SHARE * len(lyrics)
+
+    @staticmethod
+    def _is_romanised(scripts: set[str], language: str | None) -> bool:
+        """Whether one language's reading, that of `language` if given, romanises all of these scripts."""
+        try:
+            chosen = parse_language(language) if language else None
+        except InputError:
+            return True  # such lyrics are not encoded at all
+        readings = _ROMANISED.values() if chosen is None else [_ROMANISED.get(chosen, set())]
+        return any(scripts <= reading for reading in readings)
 
     @staticmethod
     def _line_languages(lines: list[str], chosen: str | None) -> list[str]:

@@ -84,6 +84,18 @@ def test_lyrics_in_two_scripts_are_measured_by_their_sung_tokens(tokenizer):
     assert share == pytest.approx(9 / 57)
 
 
+def test_a_script_is_unknown_to_the_reading_of_another_language(tokenizer):
+    lyrics = "我和你在街头走一走"
+    tokens = tokenizer.encode(lyrics, "English")
+    assert tokenizer.may_lack_tokens(lyrics, "English")
+    assert is_unusable(tokens)
+    assert describe_unknown(lyrics, tokens, "English").endswith("unknown to the model (read as 'English')")
+    assert tokenizer.encode(lyrics, "Chinese").unknown_share == 0.0
+    for language in (None, "", "Chinese", "unknown", "yue"):
+        assert not tokenizer.may_lack_tokens(lyrics, language)
+    assert tokenizer.may_lack_tokens(f"{lyrics}\n사랑해")
+
+
 def test_a_tag_before_sung_words_does_not_hide_them(tokenizer):
     lyrics = f"[verse] {WITHOUT_TOKENS['Thai']}"
     assert is_unusable(tokenizer.encode(lyrics))
