@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from acestep_ray.data.lyric_text import LyricNotes, read_lyric_text
@@ -18,11 +18,11 @@ _MEASURED_SONGS = 5_000
 
 
 def lyric_warnings(
-    rows: Iterable[Mapping[str, Any]], tokenizer: LyricTokenizer | None, keep_unknown_lyrics: bool
+    rows: Iterable[Mapping[str, Any]], tokenizer: LyricTokenizer | None, rejected: Collection[str]
 ) -> list[str]:
     """Warnings on the lyrics of all songs, a line for each kind; `tokenizer` is None where no lyrics are encoded.
 
-    Songs that are rejected for their unknown tokens are left out: their rejects say so.
+    The lyrics of `rejected` songs, by key, are not encoded here: they may be what ended a worker.
     """
     notes = LyricNotes()
     unknown: list[tuple[float, str, str]] = []
@@ -30,11 +30,17 @@ def lyric_warnings(
     for row in rows:
         lyrics, of_song = read_lyric_text(row_text(row, "norm_lyrics"))
         notes.add(row["keys"], of_song)
-        if tokenizer is None or measured == _MEASURED_SONGS or not tokenizer.may_lack_tokens(lyrics):
+        language = row_text(row, "language")
+        if (
+            tokenizer is None
+            or row["keys"] in rejected
+            or measured == _MEASURED_SONGS
+            or not tokenizer.may_lack_tokens(lyrics, language)
+        ):
             continue
         measured += 1
-        tokens = _encoded(lyrics, row_text(row, "language"), tokenizer)
-        if tokens is not None and _is_warned(tokens, keep_unknown_lyrics):
+        tokens = _encoded(lyrics, language, tokenizer)
+        if tokens is not None and _is_warned(tokens):
             unknown.append((tokens.unknown_share, row["keys"], lyrics))
     warnings = notes.warnings()
     if unknown:
@@ -46,7 +52,7 @@ def has_unusable_lyrics(lyrics: str, language: str, tokenizer: LyricTokenizer) -
     """Whether a song is rejected for its unknown tokens, unless such songs are kept."""
     from acestep_ray.data.lyrics import is_unusable
 
-    if not tokenizer.may_lack_tokens(lyrics):
+    if not tokenizer.may_lack_tokens(lyrics, language):
         return False
     tokens = _encoded(lyrics, language, tokenizer)
     return tokens is not None and is_unusable(tokens)
@@ -64,10 +70,10 @@ def _encoded(lyrics: str, language: str, tokenizer: LyricTokenizer) -> LyricToke
         return None
 
 
-def _is_warned(tokens: LyricTokens, keep_unknown_lyrics: bool) -> bool:
-    from acestep_ray.data.lyrics import WARNED_UNKNOWN_SHARE, is_unusable
+def _is_warned(tokens: LyricTokens) -> bool:
+    from acestep_ray.data.lyrics import WARNED_UNKNOWN_SHARE
 
-    return tokens.unknown_share > WARNED_UNKNOWN_SHARE and (keep_unknown_lyrics or not is_unusable(tokens))
+    return tokens.unknown_share > WARNED_UNKNOWN_SHARE
 
 
 def _unknown_warning(unknown: list[tuple[float, str, str]]) -> str:

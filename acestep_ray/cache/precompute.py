@@ -161,7 +161,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
         num_bytes=sum(rows["length"].to_pylist()),
         wall_seconds=time.monotonic() - started,
         output_dir=cache.url,
-        warnings=[*songs.warnings, *lyric_warnings(songs, run.tokenizer, config.keep_unknown_lyrics)],
+        warnings=[*songs.warnings, *lyric_warnings(songs, run.tokenizer, {r.song_key for r in rejects})],
         layouts=songs.layouts,
     )
 

@@ -197,7 +197,9 @@ def encode_lyrics(decoded: DecodedSong, tokenizer: LyricTokenizer, recipe: Recip
     except Exception as error:  # the libraries behind seventeen languages raise errors of any kind
         return decoded.reject(recipe, RejectReason.BAD_LYRICS, f"{type(error).__name__}: {first_line(error)}")
     if is_unusable(lyrics) and not recipe.keep_unknown_lyrics:
-        message = f"{describe_unknown(song.lyrics, lyrics)} (--keep_unknown_lyrics keeps such songs)"
+        message = (
+            f"{describe_unknown(song.lyrics, lyrics, song.language)} (--keep_unknown_lyrics keeps such songs)"
+        )
         return decoded.reject(recipe, RejectReason.BAD_LYRICS, message)
     return {"lyric_ids": [] if lyrics.is_empty else lyrics.ids, "lyric_languages": lyrics.languages}
 

@@ -121,11 +121,12 @@ def language_code(text: str) -> str:
     plain = " ".join(text.strip().strip("\"'").split()).casefold()
     if plain in _OPEN or plain in _INSTRUMENTAL:
         return ""
-    code = _code_of(plain)
-    if code is None and len(parts := [part for part in _BETWEEN_LANGUAGES.split(plain) if part]) > 1:
-        codes = ["" if part in _OPEN or part in _INSTRUMENTAL else _code_of(part) for part in parts]
+    # Before the whole: the lookup of names is lenient.
+    if len(parts := [part for part in _BETWEEN_LANGUAGES.split(plain) if part]) > 1:
+        codes = {"" if part in _OPEN or part in _INSTRUMENTAL else _code_of(part) for part in parts}
         if None not in codes:
-            return (codes[0] or "") if len(set(codes)) == 1 else ""
+            return (codes.pop() or "") if len(codes) == 1 else ""
+    code = _code_of(plain)
     if code is None:
         raise InputError(
             f"no language is called {text!r}",

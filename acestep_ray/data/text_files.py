@@ -56,6 +56,7 @@ _OTHER_SUFFIXES = (
 )
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")
 _LONGEST_PATH = 1024
+_FIX = r"give a text file, or the text: words that look like a path are text with \n behind them"
 
 
 def decode_text(content: bytes) -> str:
@@ -88,9 +89,9 @@ def decode_text(content: bytes) -> str:
 
 
 def read_text_file(path: Path) -> str:
-    """The text of a file. Raises InputError where it cannot be read or is no text."""
+    """The text of a file, line ends as LF. Raises InputError where it cannot be read or is no text."""
     try:
-        return decode_text(path.read_bytes())
+        return decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise InputError(f"cannot read the text file {path} ({error.strerror or error})") from None
     except ValueError as error:
@@ -98,42 +99,43 @@ def read_text_file(path: Path) -> str:
         raise InputError(f"cannot read the text file {path} ({what})", fix=fix) from None
 
 
-def text_or_file(text: str, folder: Path, *, slash_is_path: bool) -> str:
-    """`text`, or what the file holds that it names, relative to `folder`.
+def text_or_file(text: str, folder: Path, *, words_name_files: bool) -> str:
+    """`text`, or what the text file holds that it names, relative to `folder`.
 
-    A name of a file is one line that names a file which exists, ends with a usual suffix of texts, or begins as a path
-    (`./`, `../`, `/`, `~`); with `slash_is_path` also one word with a slash in it. Raises InputError where there is no
-    such file, and for a folder or a file that is no text.
+    A name is one line without a line end, also a typed one, that ends with a usual suffix of text files or begins as a
+    path (`./`, `../`, `/`, `~`). With `words_name_files` it is also the name of any file or folder that exists, and
+    one word with a slash in it. Raises InputError where there is no such file, and for a folder or a file that is no
+    text.
     """
     name = text.strip()
-    if not name or "\n" in name or len(name) >= _LONGEST_PATH or "\0" in name:
+    if not name or len(name) >= _LONGEST_PATH or any(mark in text for mark in ("\n", "\r", "\0", "\\n")):
         return text
     path = folder / os.path.expanduser(name)
-    looks_like_path = _looks_like_path(name, folder, slash_is_path)
+    is_name = _looks_like_path(name, folder, words_name_files)
     try:
-        if path.is_file():
-            return read_text_file(path)
-        is_folder = path.is_dir()
-    except OSError:  # a name that no file can have, or a folder that may not be entered
-        is_folder = False
-    if is_folder and looks_like_path:
-        raise InputError(f"a folder, not a text file ({path})", fix="give the text, or a file that holds it")
-    if looks_like_path:
-        raise InputError(
-            f"no such file ({path})",
-            fix="give the text, or a file that holds it; text that looks like a path is text with a line end in it",
-        )
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError:  # no file can have this name
+        is_file = is_folder = False
+    if is_file and (is_name or words_name_files):
+        return read_text_file(path)
+    if is_folder and (is_name or words_name_files):
+        raise InputError(f"a folder, not a text file ({path})", fix=_FIX)
+    if is_name:
+        raise InputError(f"no such file ({path})", fix=_FIX)
     return text
 
 
-def _looks_like_path(name: str, folder: Path, slash_is_path: bool) -> bool:
+def _looks_like_path(name: str, folder: Path, words_name_files: bool) -> bool:
     lower = name.lower()
+    begins_as_path = re.match(r"~?/|~\w+/|\.{1,2}/|[A-Za-z]:\\|file://", name) is not None
     if lower.endswith(TEXT_SUFFIXES):
         return True
     if any(character.isspace() for character in name):
-        return bool(re.match(r"(?:~?/|\.{1,2}/|[A-Za-z]:\\)", name)) and _SUFFIX.search(name) is not None
-    if lower.endswith(_OTHER_SUFFIXES) or re.match(r"(?:~?/|~\w|\.{1,2}/|[A-Za-z]:\\|file://)", name):
+        return begins_as_path and _SUFFIX.search(name) is not None
+    if begins_as_path or lower.endswith(_OTHER_SUFFIXES):
         return True
-    if "/" not in name or not slash_is_path:
-        return "/" in name and _SUFFIX.search(name) is not None
-    return name.isascii() or _SUFFIX.search(name) is not None or (folder / name).parent.is_dir()
+    if "/" not in name:
+        return False
+    if _SUFFIX.search(name):
+        return True
+    return words_name_files and (name.isascii() or (folder / name).parent.is_dir())

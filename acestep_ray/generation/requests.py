@@ -20,7 +20,7 @@ from acestep_ray.data.lyrics import (
     parse_language,
 )
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
-from acestep_ray.data.text_files import text_or_file
+from acestep_ray.data.text_files import decode_text, text_or_file
 from acestep_ray.data.texts import is_unicode
 from acestep_ray.diffusion.solvers import SCHEDULERS
 from acestep_ray.errors import InputError
@@ -88,8 +88,8 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
     """
     where = f"--batch_path {path}"
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(path.read_bytes()).replace("\r\n", "\n").split("\n")
+    except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read the songs ({error})", where=where, fix="give a file with one JSON object a line"
         ) from None
@@ -138,7 +138,15 @@ def read_lyrics(lyrics: str, folder: Path) -> tuple[str, list[LyricNote]]:
 
     Raises InputError for a file that is missing or no text.
     """
-    return read_lyric_text(text_or_file(lyrics, folder, slash_is_path=True))
+    return read_lyric_text(text_or_file(lyrics, folder, words_name_files=True))
+
+
+def read_prompt(prompt: str, folder: Path) -> str:
+    """The prompt, or that of the file that it names, its lines joined by commas."""
+    text = text_or_file(prompt, folder, words_name_files=False)
+    if text == prompt:
+        return prompt
+    return ", ".join(line.strip().rstrip(",") for line in text.split("\n") if line.strip())
 
 
 def check_lyrics(
@@ -151,10 +159,14 @@ def check_lyrics(
     unusable: dict[str, str] = {}
     warned: dict[str, str] = {}
     for song in request.songs:
-        if song.lyrics in unusable or song.lyrics in warned or not tokenizer.may_lack_tokens(song.lyrics):
+        if (
+            song.lyrics in unusable
+            or song.lyrics in warned
+            or not tokenizer.may_lack_tokens(song.lyrics, song.language)
+        ):
             continue
         tokens = tokenizer.encode(song.lyrics, song.language)
-        told = describe_unknown(song.lyrics, tokens)
+        told = describe_unknown(song.lyrics, tokens, song.language)
         if song.line:
             told = f"line {song.line}: {told}"
         if is_unusable(tokens) and not keep_unknown_lyrics:
@@ -235,7 +247,7 @@ class _SettingsReader:
         if name == "speaker_emb_path":
             return self._speaker(value)
         if name == "prompt":
-            return text_or_file(value, self.folder, slash_is_path=False)
+            return read_prompt(value, self.folder)
         if name == "scheduler":
             _check(value in SCHEDULERS, "unknown scheduler", ", ".join(SCHEDULERS))
             return value

@@ -153,7 +153,7 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
         rejects=rejects,
         scanned=scanned,
         wall_seconds=time.monotonic() - started,
-        warnings=[*songs.warnings, *lyric_warnings(songs, tokenizer, recipe.keep_unknown_lyrics)],
+        warnings=[*songs.warnings, *lyric_warnings(songs, tokenizer, {reject.key for reject in rejects})],
         layouts=songs.layouts,
     )
 

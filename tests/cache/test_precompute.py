@@ -163,6 +163,32 @@ def test_windows_and_separate_encoders_and_rejects_that_are_tried_again(
 
 
 @pytest.mark.ray
+@pytest.mark.faults
+def test_songs_with_unknown_lyrics_come_and_go_with_the_flag(two_cpus, config, song_folder):
+    torch.set_num_threads(1)
+    song_folder.add("plain", noise(3.0), norm_lyrics="[00:01.00]hello\n[00:02.00]world")
+    song_folder.add("thai", noise(3.0, seed=1), norm_lyrics="[verse]\nคืนนี้ฝนตกหนัก")
+    song_folder.write()
+    keeping = replace(config, keep_unknown_lyrics=True)
+    kept = precompute(keeping)
+    rows = rows_of(config.output_dir)
+    assert sorted(rows) == ["plain", "thai"]
+    assert kept.warnings == [
+        "lyrics of 1 song (plain): times of 2 lines removed",
+        "lyrics of 1 song have tokens that are unknown to the model (Thai): thai 100 %",
+    ]
+    without = precompute(config)
+    assert (without.unchanged, without.computed, [reject.reason for reject in without.rejects]) == (
+        1, 0, ["bad_lyrics"],
+    )  # fmt: skip
+    assert "100 %" in without.rejects[0].message
+    assert precompute(config).rejects == without.rejects
+    again = precompute(keeping)
+    assert (again.unchanged, again.computed, again.rejects) == (1, 1, [])
+    assert rows_of(config.output_dir) == rows
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_a_folder_of_songs_in_object_storage_becomes_a_cache_there(
     two_cpus, s3, gcs, config, checkpoint, kind

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from acestep_ray.cache.index import CacheIndex
+from acestep_ray.cache.reader import CacheReader
+from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.errors import InputError
 from acestep_ray.evaluation.candidates import find_candidates
 from acestep_ray.evaluation.notes import Notes
-from acestep_ray.evaluation.songs import choose_songs, open_cache
+from acestep_ray.evaluation.songs import check_lyrics, choose_songs, open_cache
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import FINGERPRINTS
 from acestep_ray.training.holdout import hold_out
@@ -124,3 +126,30 @@ def test_a_song_without_lyrics_has_none_in_its_condition():
         assert condition["lyric_ids"].shape == condition["lyric_mask"].shape == (1, max(lyrics, 1))
         assert torch.equal(condition["text"][0], song.text_embeddings[0].float())
         assert torch.equal(condition["speaker"][0], song.speaker)
+
+
+def test_songs_that_the_model_cannot_sing_are_an_error_unless_they_are_kept(settings, checkpoint, tmp_path):
+    tokenizer = LyricTokenizer.from_file(checkpoint.lyric_vocab_path())
+    lyrics = {
+        "english": "hello world",
+        "mixed": "hello world, hello, כל",
+        "thai": "[verse]\nคืนนี้ฝนตกหนัก",
+        "none": "",
+    }
+    rows = []
+    for key, text in lyrics.items():
+        tokens = tokenizer.encode(text)
+        rows.append(song_row(key, lyric_ids=[] if tokens.is_empty else tokens.ids))
+    reader = CacheReader(write_rows(Store.at(tmp_path / "sung"), rows))
+    positions = [reader.index.position(key) for key in lyrics]
+    with pytest.raises(InputError, match="cannot sing") as raised:
+        check_lyrics(reader, positions, checkpoint, settings(dataset_path="sung"), Notes())
+    assert "thai 100 %" in str(raised.value)
+    assert "english" not in str(raised.value)
+    notes = Notes()
+    check_lyrics(
+        reader, positions, checkpoint, settings(dataset_path="sung", keep_unknown_lyrics=True), notes
+    )
+    mixed, thai = notes.lines
+    assert "mixed" in mixed
+    assert thai == "warning: 100 % of the lyric tokens of thai are unknown to the model"

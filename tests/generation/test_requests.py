@@ -7,8 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from acestep_ray.data.lyrics import LyricTokenizer, build_tiny_vocabulary
 from acestep_ray.errors import InputError
-from acestep_ray.generation.requests import is_name, parse_seeds, songs_of_file, songs_of_flags
+from acestep_ray.generation.requests import (
+    check_lyrics,
+    is_name,
+    parse_seeds,
+    songs_of_file,
+    songs_of_flags,
+)
 from acestep_ray.generation.song import together
 from tests.generation.conftest import song
 
@@ -26,6 +33,13 @@ def batch(config, tmp_path):
         return songs_of_file(path, replace(config, **flags), SPEAKER_DIM)
 
     return read
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> LyricTokenizer:
+    path = tmp_path_factory.mktemp("vocabulary") / "vocab.json"
+    build_tiny_vocabulary(path)
+    return LyricTokenizer.from_file(path)
 
 
 def test_flags_make_a_song_for_each_seed(config):
@@ -92,6 +106,60 @@ def test_a_language_that_is_not_supported_is_detected_and_told_once(config, batc
     rows = batch({"language": "tlh"}, {"language": "tlh"}, {"language": "zh-CN"})
     assert [song.language for song in rows.songs] == [None, None, "zh"]
     assert len(rows.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("lyrics", "song.lrc"), ("prompt", "tags.txt"), ("lyrics", "words/one")]
+)
+def test_the_name_of_a_missing_file_is_not_sung(config, batch, flag, value):
+    with pytest.raises(InputError, match="no such file"):
+        songs_of_flags(replace(config, **{flag: value}), "song", SPEAKER_DIM)
+    with pytest.raises(InputError, match=f"line 1: `{flag}`: no such file"):
+        batch({flag: value})
+
+
+def test_lyrics_are_read_and_what_was_changed_is_told(config, batch, tmp_path):
+    typed = songs_of_flags(replace(config, lyrics=r"[verse]\none\ntwo"), "song", SPEAKER_DIM)
+    assert typed.songs[0].lyrics == "[verse]\none\ntwo"
+    assert typed.warnings == [r"lyrics: 2 typed \n read as line ends"]
+    (tmp_path / "a.lrc").write_text("[ti:x]\n[00:12.34]hello\n[00:13.34]there", encoding="utf-16")
+    (tmp_path / "tags.txt").write_bytes(b"jazz,\r\nslow\r\n")
+    rows = batch(
+        {"lyrics": "a.lrc", "name": "a", "prompt": "tags.txt"}, {"lyrics": "[00:12.34]one", "name": "b"}
+    )
+    assert [song.lyrics for song in rows.songs] == ["hello\nthere", "one"]
+    assert rows.songs[0].prompt == "jazz, slow"
+    assert rows.warnings == [
+        "lyrics of 1 song (a): 1 line of LRC metadata removed",
+        "lyrics of 2 songs (a, b): times of 3 lines removed",
+    ]
+
+
+def test_lyrics_that_the_model_cannot_sing_are_an_error_or_a_warning(config, batch, tokenizer):
+    thai = songs_of_flags(replace(config, lyrics="คืนนี้ฝนตกหนัก"), "song", SPEAKER_DIM)
+    with pytest.raises(InputError, match=r"cannot sing these lyrics(.|\n)*100 % (.|\n)*\(Thai\)"):
+        check_lyrics(thai, tokenizer, False, where="--lyrics")
+    assert check_lyrics(thai, tokenizer, True, where="--lyrics").warnings == [
+        "100 % of the lyrics' tokens are unknown to the model (Thai)"
+    ]
+    rows = batch(
+        {"lyrics": "hello there, hello, כל בני"},
+        {"lyrics": "hello"},
+        {"lyrics": "hello there, hello, כל בני"},
+    )
+    (warning,) = check_lyrics(rows, tokenizer, False, where="--batch_path").warnings
+    assert warning.startswith("line 1: ")
+    assert warning.endswith("unknown to the model (Hebrew)")
+
+
+@pytest.mark.parametrize(("name", "language"), [("German", "de"), ("unknown", None), ("jpn", "ja")])
+def test_a_language_is_a_code_or_a_name(config, name, language):
+    assert songs_of_flags(replace(config, language=name), "song", SPEAKER_DIM).songs[0].language == language
+
+
+def test_nonsense_is_no_language(config):
+    with pytest.raises(InputError, match="no language is called 'xx'"):
+        songs_of_flags(replace(config, language="xx"), "song", SPEAKER_DIM)
 
 
 def test_a_row_sets_what_it_names_and_the_flags_the_rest(batch, tmp_path):

@@ -349,6 +349,9 @@ def test_a_scan_goes_on_where_it_stopped_and_a_song_that_ends_its_process_costs_
                 raise MemoryError
             return LyricTokens([1], [])
 
+        def may_lack_tokens(self, text: str, language: str | None) -> bool:
+            return self.deadly in text
+
     recipe, _ = scan_recipe
     folder, table = Store.at(tmp_path), SongTable.open(songs)
     # All songs in one task, then one at a time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -47,13 +48,9 @@ def script_of(character: str) -> str | None:
 def scripts_without_tokens(lyrics: str) -> dict[str, float]:
     """The share of the letters in each script that ACE-Step v1 has no tokens for, the largest first: `{"Thai": 0.92}`.
 
-    Needs no checkpoint. Letters in brackets, such as `[verse]`, at the start of a line are not counted.
+    Needs no checkpoint. Tags such as `[verse]` are not counted.
     """
-    letters: Counter[str] = Counter()
-    for line in lyrics.split("\n"):
-        line = line.strip()
-        if line.startswith("[") and "]" in line:
-            continue
-        letters.update(script for script in map(script_of, line) if script is not None)
+    sung = re.sub(r"\[[^\[\]\n]*\]", "", lyrics)
+    letters = Counter(script for script in map(script_of, sung) if script is not None)
     total = letters.total()
     return {script: count / total for script, count in letters.most_common() if script not in _KNOWN_SCRIPTS}

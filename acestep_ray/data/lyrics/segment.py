@@ -36,7 +36,7 @@ _READ_AS = {"yue": "zh"}
 LATIN_LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "pl", "tr", "cs", "nl", "hu")
 
 _STRUCTURE_TAG = re.compile(r"\[.*?\]")
-_LETTERS = {
+LETTERS = {
     "hangul": re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]"),
     # Without the middle dot and the long-vowel mark, which Chinese texts use too.
     "kana": re.compile("[\u3041-\u3096\u30a1-\u30fa\u31f0-\u31ff\uff66-\uff6f\uff71-\uff9d]"),
@@ -122,7 +122,7 @@ def detect_line_languages(lines: Sequence[str]) -> list[str]:
 
 def _script(line: str) -> str | None:
     """Return the script that decides `line`'s language, or None where it has no letters of a known script."""
-    counts = {script: len(letters.findall(line)) for script, letters in _LETTERS.items()}
+    counts = {script: len(letters.findall(line)) for script, letters in LETTERS.items()}
     # Only their own language's cleaning reads these scripts: one such letter outweighs any number of Latin ones.
     if counts["hangul"] > counts["kana"]:
         return "hangul"

@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Whitespace
 
+from acestep_ray.data.lyric_text import read_lyric_text
 from acestep_ray.data.lyrics.cleaners import clean
 from acestep_ray.data.lyrics.segment import (
     LANGUAGES,
+    LETTERS,
     detect_line_languages,
     is_structure_line,
     parse_language,
@@ -26,12 +28,15 @@ MAX_LYRIC_TOKENS = 4096
 MAX_LINE_CHARACTERS = 32_768
 """A line is cut after this many characters: whole books in one line would take minutes."""
 
+_ROMANISED = {"zh": {"han"}, "ja": {"han", "kana"}, "ko": {"hangul"}}
+_ROMANISED_LETTERS = ("han", "kana", "hangul")
+_WHOLE_TAG = re.compile(r"\[[^\[\]]*\]\W*")
 # Of characters: a token of known text has up to some five, an unknown one has one.
 _SUSPICIOUS_SHARE = 0.005
-# Whitespace and quotation marks, which go; Chinese, Japanese and Korean letters with their punctuation, which become
-# Latin letters and commas.
+# Whitespace and quotation marks, which go; brackets, of tags; Chinese, Japanese and Korean letters with their
+# punctuation, which become Latin letters and commas.
 _READ_WITHOUT_TOKEN = (
-    r"\s\"\u1100-\u11ff\u3000-\u30ff\u3131-\u318e\u31f0-\u31ff\u3400-\u9fff\uac00-\ud7a3"
+    r"\s\"\[\]\u1100-\u11ff\u3000-\u30ff\u3131-\u318e\u31f0-\u31ff\u3400-\u9fff\uac00-\ud7a3"
     r"\uf900-\ufaff\uff00-\uffef"
 )
 
@@ -108,6 +113,7 @@ class LyricTokenizer:
         self._start_id, self._space_id = vocabulary[_START], vocabulary[_SPACE]
         self._unknown_id = vocabulary[_UNKNOWN]
         self._language_ids = frozenset(vocabulary[token] for token in _LANGUAGE_TOKENS.values())
+        self._silent_ids = frozenset({self._start_id, self._space_id})
         # First tokens of lines that are structure tags: `[`, or a tag as a whole.
         self._tag_ids = frozenset(
             index
@@ -152,10 +158,13 @@ class LyricTokenizer:
     def encode(self, lyrics: str, language: str | None = None) -> LyricTokens:
         """Return the tokens of `lyrics`: `[START]`, then every line's, each closed by `[SPACE]`.
 
-        A blank line is `[SPACE]` alone. A line that starts with a tag in brackets is English; `language` decides
-        for all others, or, where it is None, `detect_line_languages` over the first 4096 lines that are not blank.
+        The lines are those of `read_lyric_text`. A blank line is `[SPACE]` alone. A line that starts with a tag in
+        brackets is English; `language` decides for all others, or, where it is None, `detect_line_languages` over the
+        first 4096 lines that are not blank.
         Raises `InputError` for a language that is not supported, unless there are no lyrics.
         """
+        # Callers have read them already, and noted what was changed; that changes nothing then.
+        lyrics, _ = read_lyric_text(lyrics)
         lines = [line.strip()[:MAX_LINE_CHARACTERS] for line in lyrics.split("\n")]
         if not any(lines):
             return LyricTokens([_NO_LYRICS_ID], [])
@@ -164,44 +173,67 @@ class LyricTokenizer:
         # Each line is a token at least.
         languages = iter(self._line_languages([line for line in lines if line][:MAX_LYRIC_TOKENS], chosen))
         ids = [self._start_id]
-        encoded_languages = []
+        encoded_languages: list[str] = []
+        sung: list[int] = []
         for line in lines:
             if len(ids) >= MAX_LYRIC_TOKENS:
                 break
             if line:
                 encoded_languages.append(next(languages))
-                ids += self.encode_line(line, encoded_languages[-1])
+                line_ids = self.encode_line(line, encoded_languages[-1])
+                ids += line_ids
+                if not _WHOLE_TAG.fullmatch(line):
+                    sung += line_ids
             ids.append(self._space_id)
-        ids = ids[:MAX_LYRIC_TOKENS]
-        return LyricTokens(ids, encoded_languages, self.unknown_share(ids))
+        return LyricTokens(ids[:MAX_LYRIC_TOKENS], encoded_languages, self._share_of_unknown(sung))
 
     def unknown_share(self, ids: Sequence[int]) -> float:
         """Share of unknown tokens among those of sung text, from 0 to 1: not of spaces, languages and tags."""
-        sung = unknown = 0
-        is_tag = is_first = False
+        lines: list[list[int]] = [[]]
         for token in ids:
             if token in self._language_ids:
-                is_first = True
-                continue
-            if is_first:
-                is_tag, is_first = token in self._tag_ids, False
-            if not is_tag and token not in (self._space_id, self._start_id):
-                sung += 1
-                unknown += token == self._unknown_id
-        return unknown / sung if sung else 0.0
+                lines.append([])
+            elif token not in self._silent_ids:
+                lines[-1].append(token)
+        return self._share_of_unknown([token for line in lines if not self._is_tag(line) for token in line])
+
+    def _share_of_unknown(self, sung: Sequence[int]) -> float:
+        counted = [
+            token for token in sung if token not in self._silent_ids and token not in self._language_ids
+        ]
+        return counted.count(self._unknown_id) / len(counted) if counted else 0.0
+
+    def _is_tag(self, line: list[int]) -> bool:
+        """Whether the tokens of a line are those of a tag in brackets, of which the released vocabulary knows some."""
+        if not line or line[0] in self._tag_ids:
+            return bool(line)
+        return len(line) > 2 and line[0] == line[-1] == self._unknown_id and line.count(self._unknown_id) == 2
 
     def encode_line(self, line: str, language: str) -> list[int]:
         """Return the ids of one line, cleaned in `language` (one of `LANGUAGES`) and led by the language's token."""
         marked = f"{_LANGUAGE_TOKENS[language]}{clean(line, language)}".replace(" ", _SPACE)
         return self._tokenizer.encode(marked).ids
 
-    def may_lack_tokens(self, lyrics: str) -> bool:
-        """Whether more than a few characters have no token: cheap to ask of lyrics before they are encoded.
+    def may_lack_tokens(self, lyrics: str, language: str | None = None) -> bool:
+        """Whether more than a few characters may have no token: cheap to ask of lyrics before they are encoded.
 
         False means that less than some per cent of the tokens are unknown.
         """
+        romanised = {name for name in _ROMANISED_LETTERS if LETTERS[name].search(lyrics)}
+        if romanised and not self._is_romanised(romanised, language):
+            return True
         unknown = sum(map(len, self._without_token.findall(lyrics)))
         return unknown > _SUSPICIOUS_SHARE * len(lyrics)
+
+    @staticmethod
+    def _is_romanised(scripts: set[str], language: str | None) -> bool:
+        """Whether one language's reading, that of `language` if given, romanises all of these scripts."""
+        try:
+            chosen = parse_language(language) if language else None
+        except InputError:
+            return True  # such lyrics are not encoded at all
+        readings = _ROMANISED.values() if chosen is None else [_ROMANISED.get(chosen, set())]
+        return any(scripts <= reading for reading in readings)
 
     @staticmethod
     def _line_languages(lines: list[str], chosen: str | None) -> list[str]:

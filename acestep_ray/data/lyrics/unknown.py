@@ -16,11 +16,14 @@ def is_unusable(tokens: LyricTokens) -> bool:
     return tokens.unknown_share > MAX_UNKNOWN_SHARE
 
 
-def describe_unknown(lyrics: str, tokens: LyricTokens) -> str:
-    """How many tokens of `lyrics` are unknown, with the scripts: `92 % of the lyrics' tokens are unknown (Thai)`."""
-    scripts = ", ".join(scripts_without_tokens(lyrics))
+def describe_unknown(lyrics: str, tokens: LyricTokens, language: str | None = None) -> str:
+    """How many tokens of `lyrics` are unknown, with the scripts: `92 % of the lyrics' tokens are unknown (Thai)`.
+
+    Of lyrics in scripts that the model knows, the `language` they were given is named: Chinese is unknown as English.
+    """
+    reason = ", ".join(scripts_without_tokens(lyrics)) or (f"read as {language!r}" if language else "")
     return f"{percent(tokens.unknown_share)} of the lyrics' tokens are unknown to the model" + (
-        f" ({scripts})" if scripts else ""
+        f" ({reason})" if reason else ""
     )
 
 

@@ -124,13 +124,22 @@ def test_no_lines_have_no_languages():
 
 
 @pytest.mark.parametrize(
-    ("code", "language"), [("zh-cn", "zh"), ("zh_CN", "zh"), ("EN", "en"), ("pt-BR", "pt"), (" ja ", "ja")]
+    ("code", "language"),
+    [
+        ("zh-cn", "zh"),
+        ("zh_CN", "zh"),
+        ("EN", "en"),
+        ("pt-BR", "pt"),
+        (" ja ", "ja"),
+        ("English", "en"),
+        ("yue", "zh"),
+    ],
 )
 def test_language_codes_are_read_in_their_common_spellings(code, language):
     assert parse_language(code) == language
 
 
-@pytest.mark.parametrize("code", ["sv", "", "english", "z"])
+@pytest.mark.parametrize("code", ["sv", "swedish", "z"])
 def test_an_unsupported_language_is_an_error_that_lists_the_supported(code):
     with pytest.raises(InputError) as raised:
         parse_language(code)
