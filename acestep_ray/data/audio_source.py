@@ -153,9 +153,20 @@ class AudioSource:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)) or (
             isinstance(error, OSError) and error.errno == errno.ELOOP
         ):
-            return AudioError(RejectReason.MISSING, f"the audio file does not exist: {self.name}")
+            return AudioError(RejectReason.MISSING, f"{self._why_missing()}: {self.name}")
         text = getattr(error, "strerror", None) or str(error)
         return AudioError(RejectReason.UNREADABLE, f"{text}: {self.name}")
+
+
+    def _why_missing(self) -> str:
+        target = ""
+        with contextlib.suppress(OSError, ValueError):
+            target = os.readlink(self._place) if isinstance(self._place, str) else ""
+        if "/annex/objects/" in target:
+            return "git-annex has not fetched the audio that this link leads to: run `git annex get`"
+        if target:
+            return f"the audio file does not exist, it is a link to {target}"
+        return "the audio file does not exist"
 
 
 class WatchedFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import soundfile
@@ -115,20 +116,23 @@ def flac_layout(
         if last is None or not info.sample_rate:
             is_right = False
             continue
-        total = last.first + last.samples
+        total, is_cut = last.first + last.samples, False
+        if info.total > total or damaged:
+            is_cut = number == len(parts) - 1 and not _is_whole_at_end(source, part, last)
+        if is_cut:  # the frame at the end is a part of one
+            total, part = last.first, replace(part, end=last.start)
         if damaged:
             spans += _whole_frames(source, part, total)
-        else:
+        elif total:
             view = audio_flac.view_of(part, total)
             spans.append(Span(total, info.sample_rate, info.channels, view))
         if info.total == total:
             continue
         is_right = False
         seconds, there = info.total / info.sample_rate, total / info.sample_rate
-        is_cut = info.total > total and number == len(parts) - 1 and not _is_whole_at_end(source, part, last)
-        if is_cut:
-            missing = seconds - there
-        elif info.total and abs(seconds - there) > 0:
+        if is_cut and info.total:
+            missing = max(0.0, seconds - there)
+        elif info.total:
             warnings.append(f"its header counts {seconds_text(seconds)}, {seconds_text(there)} are there")
     if not spans or (is_right and not damaged):
         return None
