@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from acestep_ray.cache.schema import FEATURE_GROUPS, FORMAT_VERSION, SAMPLE_SCHEMA, array_to_bytes, hash_of
-from acestep_ray.data.audio import RESAMPLER
+from acestep_ray.data.audio import MIN_DECODED, RESAMPLER
 from acestep_ray.data.schema import RejectReason, row_recaption, row_tags, row_text
 from acestep_ray.errors import InputError
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 MAX_SILENT_FRACTION = 0.95
 """A song, or a window of one, with more silence than this is rejected."""
+
+DECODING_VERSION = 2
+"""Raised when files that were rejected may be read now; earlier rejects are then tried again."""
 
 WINDOWS = ("first", "all", "random")
 """Which part of a song is used: its start, one window after another, or one at a random place."""
@@ -79,6 +82,9 @@ class Recipe:
     settings: Settings
     models: dict[str, str]
     """Fingerprint of each model that takes part, and of the lyric vocabulary."""
+    min_decoded: float = MIN_DECODED
+    """Share of a song's or window's audio that must decode. No part of a row's identity: `decoded_share` is a column
+    of those that it concerns."""
 
     def row_fingerprint(self, song: Song, audio_sha256: str, speaker_sha256: str | None) -> str:
         """Identity of a song's rows (hex): equal for equal audio and speaker bytes, text, settings, models and format.
@@ -88,9 +94,13 @@ class Recipe:
         return hash_of(self._made_from(song), audio_sha256, speaker_sha256)
 
     def reject_fingerprint(self, song: Song, versions: FileVersions) -> str:
-        """Identity of a song that was rejected: its files count by their versions, for they may be unreadable."""
+        """Identity of a song that was rejected: its files count by their versions, for they may be unreadable.
+
+        So does how audio is read: what is rejected by other rules is tried again.
+        """
         place = [song.filename, song.speaker_path, song.problem]
-        return hash_of("reject", self._made_from(song), place, versions.audio, versions.speaker)
+        rules = [DECODING_VERSION, self.min_decoded]
+        return hash_of("reject", self._made_from(song), place, versions.audio, versions.speaker, rules)
 
     def _made_from(self, song: Song) -> list[Any]:
         text = [song.key, song.tags, song.recaption, song.lyrics, song.language]
@@ -142,6 +152,10 @@ class DecodedSong:
     """float32 (2, n) at 48 kHz."""
     speaker: np.ndarray | None
     """float32 (speaker_dim,)."""
+    decoded_share: float | None = None
+    """Of the window's audio; None where all of it decodes."""
+    warning: str | None = None
+    """What disagrees in the file, and what was done about it."""
 
     def header(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
@@ -203,6 +217,8 @@ def build_row(decoded: DecodedSong, columns: Mapping[str, Any], recipe: Recipe) 
         "duration_seconds": decoded.duration_seconds,
         "speaker": None if decoded.speaker is None else array_to_bytes(decoded.speaker),
         "latent_frames": 0,
+        "decoded_share": decoded.decoded_share,
+        "warning": decoded.warning,
         **columns,
     }
     return pa.Table.from_pylist([row], schema=SAMPLE_SCHEMA)

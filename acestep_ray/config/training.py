@@ -13,7 +13,7 @@ class TrainConfig:
     """Trains a LoRA on a feature cache, or on songs as they are."""
 
     GROUPS: ClassVar[Groups] = {
-        "data": ("dataset_path", "num_workers", "reload_dataloaders_every_n_epochs", "seed"),
+        "data": ("dataset_path", "min_decoded", "num_workers", "reload_dataloaders_every_n_epochs", "seed"),
         "model and LoRA": ("checkpoint_dir", "lora_config_path", "init_lora_path", "train_parameters"),
         "experiment and tracking": (
             "exp_name",
@@ -90,6 +90,8 @@ class TrainConfig:
     tracking_uri: str | None = None
     """MLflow server or database; the default is a SQLite file in LOGGER_DIR, which has to be on a disk then. `none`
     turns MLflow off."""
+    min_decoded: float = 0.95
+    """On songs without a cache: share of a song's audio that must decode, above 0 and at most 1; less is rejected."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
