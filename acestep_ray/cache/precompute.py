@@ -164,7 +164,10 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
 def _warnings_of(rows: pa.Table) -> list[str]:
     """A line for each song, or window, whose file was read otherwise than its header says."""
     told = rows.filter(pc.is_valid(rows["warning"])).sort_by("key")
-    return [f"{key}: {text}" for key, text in zip(told["key"].to_pylist(), told["warning"].to_pylist(), strict=True)]
+    return [
+        f"{key}: {text}"
+        for key, text in zip(told["key"].to_pylist(), told["warning"].to_pylist(), strict=True)
+    ]
 
 
 # --- settings ----------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ MIN_DECODED = 0.95
 
 # The end of a lossy file may be off by a frame or two.
 _TOLERATED_SECONDS = 0.1
+# A stretch that is resampled may be off by a sample or two.
+_TOLERATED_SILENCE = 0.001
 _LEVEL_BLOCK_SAMPLES = 1 << 20
 
 WHOLE_FETCH_BYTES = 64 << 20
@@ -154,7 +156,9 @@ class AudioFile:
         rate = self.sample_rate
         self.decoded_share, self._damage = None, ""
         expected = found.samples.shape[1] + found.missing
-        if found.lost <= min(_TOLERATED_SECONDS * rate, 0.5 * expected):
+        silenced = found.lost - found.missing
+        at_the_end = min(_TOLERATED_SECONDS * rate, 0.5 * expected)
+        if silenced <= _TOLERATED_SILENCE * rate and found.missing <= at_the_end:
             return
         decoded = expected - found.lost
         self.decoded_share = share = decoded / expected

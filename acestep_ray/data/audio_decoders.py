@@ -14,6 +14,7 @@ import soundfile
 import soxr
 
 from acestep_ray.data.audio_formats import (
+    HALF_DOWNLOADED,
     HEAD_BYTES,
     SOUNDFILE_FORMATS,
     TORCHCODEC_SUFFIXES,
@@ -23,7 +24,7 @@ from acestep_ray.data.audio_formats import (
     not_audio,
     starts_like_audio,
 )
-from acestep_ray.data.audio_layout import ByteReader, Layout, Span, tag_length
+from acestep_ray.data.audio_layout import ByteReader, Layout, Piece, Span, tag_length
 from acestep_ray.data.audio_source import AudioError, AudioSource
 from acestep_ray.data.audio_survey import flac_layout, open_view, survey
 from acestep_ray.data.schema import RejectReason
@@ -90,6 +91,11 @@ class Decoder(Protocol):
 def open_decoder(source: AudioSource, *, headers_only: bool = False) -> Decoder:
     """With `headers_only`, what the header says of the length is believed."""
     file, decoder_text = None, ""
+    head = source.read_at(0, HEAD_BYTES)
+    problem = not_audio(head, source.size, source.read_at)
+    if problem is not None:
+        reason, message = problem
+        raise AudioError(reason, f"{message}: {source.name}")
     try:
         file = soundfile.SoundFile(source.reader())
     except (soundfile.SoundFileError, TypeError) as error:
@@ -100,11 +106,6 @@ def open_decoder(source: AudioSource, *, headers_only: bool = False) -> Decoder:
         # Files named .au, .vox or .gsm without a header would be taken for headerless telephone audio.
         file.close()
         file, decoder_text = None, ""
-    head = source.read_at(0, HEAD_BYTES)
-    problem = None if file is not None else not_audio(source.name, head, source.size, source.read_at)
-    if problem is not None:
-        reason, message = problem
-        raise AudioError(reason, f"{message}: {source.name}")
     container = ffmpeg_container(head) if file is None else None
     if container is not None:
         return _TorchcodecDecoder(source, container)
@@ -117,6 +118,11 @@ def open_decoder(source: AudioSource, *, headers_only: bool = False) -> Decoder:
     if decoder_text and starts_like_audio(head):
         raise AudioError(
             RejectReason.CORRUPT, f"the audio file is damaged or cut off ({decoder_text}): {source.name}"
+        )
+    if source.suffix in HALF_DOWNLOADED:
+        raise AudioError(
+            RejectReason.UNSUPPORTED,
+            f"a download that has not ended is no audio yet, finish it or remove the file: {source.name}",
         )
     known = source.suffix in TORCHCODEC_SUFFIXES | UNSUPPORTED_SUFFIXES
     hint = f" ({source.suffix} files are known by their content)" if known else ""
@@ -253,6 +259,11 @@ class _SoundfileDecoder:
                 part, what = self._read_span(number, low - first, high - low)
                 failure = failure or what
             _put(part, samples[:, low - start : low - start + part.shape[1]])
+            for silent, count in span.silences:
+                overlap = min(high - first, silent + count) - max(low - first, silent)
+                if overlap > 0:
+                    lost += overlap
+                    lost_at = lost_at if lost_at >= 0 else max(low, first + silent)
             if part.shape[1] < high - low:
                 lost += high - low - part.shape[1]
                 lost_at = lost_at if lost_at >= 0 else low + part.shape[1]
@@ -263,19 +274,20 @@ class _SoundfileDecoder:
         """Frames of one span at the rate of the file."""
         assert self._layout is not None
         span = self._layout.spans[number]
-        if self._current is None or self._current[0] != number:
-            if self._current is not None:
-                self._current[1].close()
+        current = self._current
+        if current is None or current[0] != number:
+            if current is not None:
+                current[1].close()
             self._current = None
 
-            def reopen(pieces: Sequence[Any] = span.pieces) -> soundfile.SoundFile:
+            def reopen(pieces: Sequence[Piece] = span.pieces) -> soundfile.SoundFile:
                 return open_view(self._source, pieces)
 
             try:
-                self._current = (number, _Stream(reopen(), reopen))
+                current = self._current = (number, _Stream(reopen(), reopen))
             except (soundfile.SoundFileError, TypeError, ValueError) as error:
                 return np.empty((span.channels, 0), np.float32), f" ({_decoder_text(error)})"
-        stream = self._current[1]
+        stream = current[1]
         if span.sample_rate == self.sample_rate:
             part, failure = stream.read(start, wanted, self._source.size)
         else:

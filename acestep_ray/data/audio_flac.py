@@ -9,7 +9,11 @@ import numpy as np
 
 from acestep_ray.data.audio_layout import ByteReader, Piece, ReadAt
 
-_BLOCK_SIZES = {1: 192, **{i: 576 << (i - 2) for i in range(2, 6)}, **{i: 256 << (i - 8) for i in range(8, 16)}}
+_BLOCK_SIZES = {
+    1: 192,
+    **{i: 576 << (i - 2) for i in range(2, 6)},
+    **{i: 256 << (i - 8) for i in range(8, 16)},
+}
 _RATES = (0, 88_200, 176_400, 192_000, 8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
 _DEPTHS = (0, 8, 12, -1, 16, 20, 24, 32)
 _STREAM = b"fLaC"
@@ -119,10 +123,37 @@ def header_of(info: StreamInfo, total: int) -> bytes:
     return b"fLaC\x80\0\0\x22" + info.content[:10] + packed.to_bytes(8, "big") + bytes(16)
 
 
-def view_of(part: Part, total: int, start: int | None = None, end: int | None = None) -> tuple[Piece, ...]:
-    """A FLAC file of `total` samples with the frames of a part, or those in a range of the file."""
-    first = part.header_end if start is None else start
-    return (header_of(part.info, total), (first, part.end if end is None else end))
+def view_of(part: Part, total: int) -> tuple[Piece, ...]:
+    """A FLAC file of `total` samples with the frames of a part."""
+    return (header_of(part.info, total), (part.header_end, part.end))
+
+
+def silent_frames(info: StreamInfo, first: int, end: int, *, is_fixed: bool) -> bytes:
+    """Frames of silence for samples of a stream; with `is_fixed`, all blocks but the last of a stream are equal."""
+    block = max(info.most_block, 16)
+    content = []
+    while first < end:
+        samples = min(block - first % block if is_fixed else block, end - first)
+        number = _code_number(first // block if is_fixed else first)
+        head = bytes((0xFF, 0xF8 if is_fixed else 0xF9, 0x70, info.channels - 1 << 4)) + number
+        head += (samples - 1).to_bytes(2, "big")
+        head += bytes((_crc(_CRC8, 8, head),))
+        # A constant of value 0 for each channel: eight bits of its kind, and the value.
+        frame = head + bytes(-(-info.channels * (8 + info.depth) // 8))
+        content.append(frame + _crc(_CRC16, 16, frame).to_bytes(2, "big"))
+        first += samples
+    return b"".join(content)
+
+
+def _code_number(number: int) -> bytes:
+    if number < 0x80:
+        return bytes((number,))
+    length = 2
+    while number >= 1 << (5 * length + 1):
+        length += 1
+    coded = [number >> 6 * i & 0x3F | 0x80 for i in range(length - 1)]
+    first = (0xFF00 >> length & 0xFF) | number >> 6 * (length - 1)
+    return bytes((first, *reversed(coded)))
 
 
 def last_frame(read_at: ReadAt, part: Part) -> Frame | None:

@@ -124,15 +124,21 @@ _POINTERS = (
     ),
 )
 _PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head", b"<error")
-_HALF_DOWNLOADED = (".part", ".crdownload", ".download", ".partial", ".opdownload", ".!ut", ".aria2", ".!qb")
+HALF_DOWNLOADED = frozenset(
+    {".part", ".crdownload", ".download", ".partial", ".opdownload", ".!ut", ".aria2"}
+)
+"""Suffixes of files that a browser or another program is still downloading."""
+
 _ZERO_BLOCK = 1 << 20
 
 
-def not_audio(name: str, head: bytes, size: int, read_at: ReadAt) -> tuple[RejectReason, str] | None:
+def not_audio(head: bytes, size: int, read_at: ReadAt) -> tuple[RejectReason, str] | None:
     """What people have under a song's name that is none, and what to do; None for what may be audio."""
     text = read_at(0, 512) if size < 1 << 16 else head
     for start, message in _POINTERS:
-        if text.startswith(start) or (start.startswith(b"/") and size < 4096 and start in text.split(b"\n")[0]):
+        if text.startswith(start) or (
+            start.startswith(b"/") and size < 4096 and start in text.split(b"\n")[0]
+        ):
             return RejectReason.UNSUPPORTED, message
     stripped = read_at(0, 512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if stripped.startswith(_PAGES):
@@ -149,11 +155,6 @@ def not_audio(name: str, head: bytes, size: int, read_at: ReadAt) -> tuple[Rejec
         return (
             RejectReason.EMPTY,
             f"the file is {size:,} zero bytes, as a failed copy or download leaves it: copy it again",
-        )
-    if name.lower().endswith(_HALF_DOWNLOADED):
-        return (
-            RejectReason.UNSUPPORTED,
-            "a download that has not ended is no audio yet: finish it, or remove the file",
         )
     return None
 

@@ -28,6 +28,8 @@ class Span:
     channels: int
     pieces: tuple[Piece, ...] = ()
     """Bytes of that file; none for sound that is lost, which silence of the same length replaces."""
+    silences: tuple[tuple[int, int], ...] = ()
+    """Where silence replaces what is lost within that file: first frame and number of frames of each."""
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,7 @@ class Level:
         if self.is_integer_scale:
             bits = next(i for i in (15, 23, 31) if self.peak <= 2.0**i * _OVERSHOOT)
             return f"its float samples reach {self.peak:,.0f}: taken for {bits + 1}-bit integers and scaled"
-        return (
-            f"its float samples reach {self.peak:.2f} ({20 * math.log10(self.peak):+.1f} dB): scaled down to 1.0"
-        )
+        return f"its float samples reach {self.peak:.2f} ({20 * math.log10(self.peak):+.1f} dB): scaled down to 1.0"
 
 
 def measure(blocks: Iterable[np.ndarray]) -> Level:

@@ -318,10 +318,12 @@ def _frame(kind: Kind, least_bytes: int) -> bytes:
     shift = 0 if kind.mpeg1 else (1 if kind.sample_rate << 1 in _RATES else 2)
     second = (0xFB, 0xF3, 0xE3)[shift]
     rate = _RATES.index(kind.sample_rate << shift)
+    header, length = b"", 0
     for bitrate in range(1, 15):
         header = bytes((0xFF, second, bitrate << 4 | rate << 2, 0xC0 if kind.mono else 0x00))
         found = parse_kind(header)
-        assert found is not None and found[0] == kind
-        if found[1] >= least_bytes:
+        assert found is not None
+        length = found[1]
+        if length >= least_bytes:
             break
-    return header + bytes(found[1] - 4)
+    return header + bytes(length - 4)

@@ -222,7 +222,15 @@ def _aiff(read_at: ReadAt, size: int) -> Samples | None:
     warning = _described(found, length, is_wrong)
     counted = int.from_bytes(common[2:6], "big")
     width = int.from_bytes(common[:2], "big") * -(-int.from_bytes(common[6:8], "big") // 8)
-    is_plain = len(common) == 18 or common[18:22] in (b"NONE", b"sowt", b"twos", b"in24", b"in32", b"fl32", b"FL32")
+    is_plain = len(common) == 18 or common[18:22] in (
+        b"NONE",
+        b"sowt",
+        b"twos",
+        b"in24",
+        b"in32",
+        b"fl32",
+        b"FL32",
+    )
     if is_plain and not is_cut_off and not warning and width and abs(counted - length // width) > 1:
         warning = f"its header counts {counted:,} samples, {length // width:,} are there"
     stored = min(length, _NONE_32 - (1 << 20))

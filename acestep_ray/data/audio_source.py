@@ -50,7 +50,7 @@ class AudioSource:
         self.content = b""
         """Of an object that is held in memory."""
         self._ranges: WatchedFile | None = None
-        self._descriptor: BinaryIO | None = None
+        self._descriptor: int | None = None
         self._failure: Exception | None = None
         try:
             if isinstance(self._place, str):
@@ -83,8 +83,8 @@ class AudioSource:
         if isinstance(self._place, str):
             try:
                 if self._descriptor is None:
-                    self._descriptor = open(self._place, "rb")
-                return os.pread(self._descriptor.fileno(), length, position)
+                    self._descriptor = os.open(self._place, os.O_RDONLY)
+                return os.pread(self._descriptor, length, position)
             except OSError as error:
                 raise self._error(error) from None
         if self._ranges is not None:
@@ -128,7 +128,7 @@ class AudioSource:
         if self._ranges is not None:
             self._ranges.close()
         if self._descriptor is not None:
-            self._descriptor.close()
+            os.close(self._descriptor)
             self._descriptor = None
 
     def _check_path(self, path: str) -> int:
@@ -156,7 +156,6 @@ class AudioSource:
             return AudioError(RejectReason.MISSING, f"{self._why_missing()}: {self.name}")
         text = getattr(error, "strerror", None) or str(error)
         return AudioError(RejectReason.UNREADABLE, f"{text}: {self.name}")
-
 
     def _why_missing(self) -> str:
         target = ""

@@ -122,7 +122,7 @@ def flac_layout(
         if is_cut:  # the frame at the end is a part of one
             total, part = last.first, replace(part, end=last.start)
         if damaged:
-            spans += _whole_frames(source, part, total)
+            spans.append(_whole_frames(source, part, total))
         elif total:
             view = audio_flac.view_of(part, total)
             spans.append(Span(total, info.sample_rate, info.channels, view))
@@ -153,21 +153,33 @@ def _is_whole_at_end(source: AudioSource, part: audio_flac.Part, last: audio_fla
     return audio_flac.is_whole(content)
 
 
-def _whole_frames(source: AudioSource, part: audio_flac.Part, total: int) -> list[Span]:
-    """Runs of frames that are whole, with silence between them."""
+def _whole_frames(source: AudioSource, part: audio_flac.Part, total: int) -> Span:
+    """All frames that are whole, at their places, and silent ones in the place of others."""
     info = part.info
-    runs: list[list[audio_flac.Frame]] = []
+    pieces: list[Piece] = [audio_flac.header_of(info, total)]
+    silences: list[tuple[int, int]] = []
+    position = 0
+    is_fixed = True
+
+    def fill(end: int) -> None:
+        if end > position:
+            silences.append((position, end - position))
+            pieces.append(audio_flac.silent_frames(info, position, end, is_fixed=is_fixed))
 
     def add(frames: list[audio_flac.Frame]) -> None:
+        nonlocal position, is_fixed
         contents = [source.read_at(frame.start, min(frame.end - frame.start, 1 << 20)) for frame in frames]
-        for frame, whole in zip(frames, audio_flac.whole_frames(contents), strict=True):
-            if not whole:
+        for frame, content, whole in zip(frames, contents, audio_flac.whole_frames(contents), strict=True):
+            if not whole or frame.first < position or len(silences) > _MOST_SPANS:
                 continue
-            if runs and runs[-1][-1].end == frame.start:
-                if runs[-1][-1].first + runs[-1][-1].samples == frame.first:
-                    runs[-1][1:] = [frame]
-                    continue
-            runs.append([frame])
+            is_fixed = not content[1] & 1
+            fill(frame.first)
+            last = pieces[-1]
+            if isinstance(last, tuple) and last[1] == frame.start:
+                pieces[-1] = (last[0], frame.end)
+            else:
+                pieces.append((frame.start, frame.end))
+            position = frame.first + frame.samples
 
     waiting: list[audio_flac.Frame] = []
     for frame in audio_flac.frames(source.read_at, part):
@@ -176,18 +188,8 @@ def _whole_frames(source: AudioSource, part: audio_flac.Part, total: int) -> lis
             add(waiting)
             waiting = []
     add(waiting)
-    spans: list[Span] = []
-    position = 0
-    for run in runs[:_MOST_SPANS]:
-        first, end = run[0].first, run[-1].first + run[-1].samples
-        if first > position:
-            spans.append(Span(first - position, info.sample_rate, info.channels))
-        view = audio_flac.view_of(part, end - first, run[0].start, run[-1].end)
-        spans.append(Span(end - first, info.sample_rate, info.channels, view))
-        position = end
-    if position < total:
-        spans.append(Span(total - position, info.sample_rate, info.channels))
-    return spans
+    fill(total)
+    return Span(total, info.sample_rate, info.channels, tuple(pieces), tuple(silences))
 
 
 # --- Ogg ---------------------------------------------------------------------------------------------------
@@ -206,9 +208,9 @@ def _ogg_layout(source: AudioSource, file: soundfile.SoundFile | None, start: in
     lost = 0
     for link in links:
         if len(link.runs) <= 1 or len(link.runs) > _MOST_SPANS:
-            span = _span(source, audio_ogg.view_of(link))
-            if span is not None:
-                spans.append(span)
+            whole = _span(source, audio_ogg.view_of(link))
+            if whole is not None:
+                spans.append(whole)
             else:
                 lost += 1
             continue
@@ -246,7 +248,9 @@ def _ogg_runs(source: AudioSource, link: audio_ogg.Link) -> list[Span]:
 # --- MPEG --------------------------------------------------------------------------------------------------
 
 
-def _mpeg_layout(source: AudioSource, file: soundfile.SoundFile | None, start: int, end: int) -> Layout | None:
+def _mpeg_layout(
+    source: AudioSource, file: soundfile.SoundFile | None, start: int, end: int
+) -> Layout | None:
     scan = audio_mpeg.Scan(source.read_at, start, end)
     runs = [run for run in scan.runs if run.frames]
     if not runs or (file is None and sum(run.frames for run in runs) < _LEAST_FRAMES and start == 0):

@@ -107,7 +107,11 @@ class ScanSummary:
                 ("scanned", f"{self.scanned} in {self.wall_seconds:.0f} s"),
                 ("rejects", "\n".join(rejects)),
                 *(("warning", warning) for warning in self.warnings[:_LISTED]),
-                *([("warning", f"… and {len(self.warnings) - _LISTED} more")] if self.warnings[_LISTED:] else []),
+                *(
+                    [("warning", f"… and {len(self.warnings) - _LISTED} more")]
+                    if self.warnings[_LISTED:]
+                    else []
+                ),
             ]
         )
 
@@ -158,7 +162,10 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
 
 def _warnings_of(usable: pa.Table) -> list[str]:
     told = usable.filter(pc.is_valid(usable["warning"]))
-    return [f"{key}: {text}" for key, text in zip(told["key"].to_pylist(), told["warning"].to_pylist(), strict=True)]
+    return [
+        f"{key}: {text}"
+        for key, text in zip(told["key"].to_pylist(), told["warning"].to_pylist(), strict=True)
+    ]
 
 
 def read_songs(folder: Store) -> pa.Table:

@@ -15,11 +15,19 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
     ("content", "reason", "named"),
     [
         (LFS, RejectReason.UNSUPPORTED, "git lfs pull"),
-        (b"/annex/objects/SHA256E-s4839201--" + b"0" * 64 + b".mp3\n", RejectReason.UNSUPPORTED, "git annex get"),
+        (
+            b"/annex/objects/SHA256E-s4839201--" + b"0" * 64 + b".mp3\n",
+            RejectReason.UNSUPPORTED,
+            "git annex get",
+        ),
         (b"../.git/annex/objects/Xk/2V/MD5E-s1--a.mp3", RejectReason.UNSUPPORTED, "git annex get"),
         (b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>", RejectReason.UNSUPPORTED, "web page"),
         (b"\xef\xbb\xbf  <html>" + b"x" * 200_000, RejectReason.UNSUPPORTED, "web page"),
-        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', RejectReason.UNSUPPORTED, "error page"),
+        (
+            b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+            RejectReason.UNSUPPORTED,
+            "error page",
+        ),
         (b'{"error": {"code": 403, "message": "quota"}}', RejectReason.UNSUPPORTED, "JSON"),
         (bytes(100_000), RejectReason.EMPTY, "100,000 zero bytes"),
         (b"", RejectReason.EMPTY, "0 bytes"),
