@@ -21,6 +21,7 @@ from acestep_ray.data.audio_formats import (
     UNSUPPORTED_SUFFIXES,
     Container,
     ffmpeg_container,
+    is_protected,
     not_audio,
     starts_like_audio,
 )
@@ -108,6 +109,11 @@ def open_decoder(source: AudioSource, *, headers_only: bool = False) -> Decoder:
         file, decoder_text = None, ""
     container = ffmpeg_container(head) if file is None else None
     if container is not None:
+        if is_protected(head, source.size, source.read_at):
+            raise AudioError(
+                RejectReason.UNSUPPORTED,
+                f"the song is protected by DRM (a purchase as .m4p): only a copy without it can be read: {source.name}",
+            )
         return _TorchcodecDecoder(source, container)
     needs_no_requests = source.is_at_hand and not headers_only
     layout = survey(source, file, headers_only=not needs_no_requests)
@@ -137,6 +143,8 @@ class _SoundfileDecoder:
     ):
         """`is_open`: whether the layout is still to be found, once a window reaches the end that the header claims."""
         self._source, self._file, self._layout = source, file, layout
+        self._current: tuple[int, _Stream] | None = None
+        """Span that was read last."""
         self._is_open = is_open and layout is None
         self._claimed = None if file is None or file.frames >= _MOST_FRAMES else file.frames
         if file is not None and file.format == "MP3" and not _has_mp3_length(source.read_at):
@@ -160,7 +168,7 @@ class _SoundfileDecoder:
             starts.append(position)
             position += _frames_at(span, self.sample_rate)
         self._starts, self._total = starts, position
-        self._current: tuple[int, _Stream] | None = None
+        self._current = None
         whole = ((0, self._source.size),)
         is_plain = self._file is not None and [span.pieces for span in layout.spans] == [whole]
         if is_plain and self._stream is None:
@@ -309,9 +317,10 @@ class _SoundfileDecoder:
         return np.ascontiguousarray(at_our_rate[:, skipped : skipped + wanted]), failure
 
     def close(self) -> None:
-        for stream in (self._stream, self._current[1] if self.__dict__.get("_current") else None):
-            if stream is not None:
-                stream.close()
+        if self._stream is not None:
+            self._stream.close()
+        if self._current is not None:
+            self._current[1].close()
 
 
 def _frames_at(span: Span, sample_rate: int) -> int:

@@ -129,6 +129,7 @@ HALF_DOWNLOADED = frozenset(
 )
 """Suffixes of files that a browser or another program is still downloading."""
 
+_MOST_ATOMS, _MOST_MOOV = 100, 16 << 20
 _ZERO_BLOCK = 1 << 20
 
 
@@ -175,3 +176,25 @@ def _is_zero(read_at: ReadAt, size: int) -> bool:
         if content.count(0) != len(content):
             return False
     return True
+
+
+def is_protected(head: bytes, size: int, read_at: ReadAt) -> bool:
+    """Whether the sound of an MP4 file is encrypted (`drms`, `enca`)."""
+    if head[4:8] != b"ftyp":
+        return False
+    position = 0
+    for _ in range(_MOST_ATOMS):
+        atom = read_at(position, 16)
+        if len(atom) < 8:
+            return False
+        length = int.from_bytes(atom[:4], "big")
+        if length == 1:
+            length = int.from_bytes(atom[8:16], "big")
+        if atom[4:8] == b"moov":
+            content = read_at(position, min(length, size, _MOST_MOOV))
+            stsd = content.find(b"stsd")
+            return 0 <= stsd and content[stsd + 16 : stsd + 20] in (b"drms", b"enca")
+        if length < 8:
+            return False
+        position += length
+    return False

@@ -62,3 +62,13 @@ def test_a_link_of_git_annex_without_its_content_is_named(tmp_path):
     with pytest.raises(AudioError, match=r"link .*nowhere\.mp3") as caught:
         AudioFile(link)
     assert caught.value.reason is RejectReason.MISSING
+
+
+def test_a_song_with_drm_is_named(tmp_path):
+    sound = b"\0\0\0\x24stsd\0\0\0\0\0\0\0\x01\0\0\0\x14drms" + bytes(12)
+    moov = (len(sound) + 8).to_bytes(4, "big") + b"moov" + sound
+    path = tmp_path / "song.m4p"
+    path.write_bytes(b"\0\0\0\x14ftypM4P \0\0\0\0M4A " + b"\0\0\0\x10mdatsong" + bytes(4) + moov)
+    with pytest.raises(AudioError, match="protected by DRM") as caught:
+        AudioFile(path)
+    assert caught.value.reason is RejectReason.UNSUPPORTED
