@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import soxr
 
-from acestep_ray.data.audio_decoders import Decoded, open_decoder
+from acestep_ray.data.audio_decoders import open_decoder
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES, UNSUPPORTED_SUFFIXES
+from acestep_ray.data.audio_layout import Decoded
 from acestep_ray.data.audio_level import FLOAT_SUBTYPES, Level, measure
 from acestep_ray.data.audio_source import AudioError, AudioSource
 from acestep_ray.data.loudness import integrated_loudness

@@ -101,10 +101,11 @@ def _part(reader: ByteReader, start: int, end: int) -> Part | None:
         position += 4 + int.from_bytes(head[1:], "big")
         if head[0] & 0x80:
             break
-    return Part(_stream_info(content[8:]), start, position, end)
+    return Part(stream_info(content[8:]), start, position, end)
 
 
-def _stream_info(content: bytes) -> StreamInfo:
+def stream_info(content: bytes) -> StreamInfo:
+    """The sizes of a stream by the 34 bytes in its header."""
     packed = int.from_bytes(content[10:18], "big")
     return StreamInfo(
         content,

@@ -193,7 +193,7 @@ def is_protected(head: bytes, size: int, read_at: ReadAt) -> bool:
         if atom[4:8] == b"moov":
             content = read_at(position, min(length, size, _MOST_MOOV))
             stsd = content.find(b"stsd")
-            return 0 <= stsd and content[stsd + 16 : stsd + 20] in (b"drms", b"enca")
+            return stsd >= 0 and content[stsd + 16 : stsd + 20] in (b"drms", b"enca")
         if length < 8:
             return False
         position += length

@@ -10,7 +10,9 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 ReadAt = Callable[[int, int], bytes]
 """Bytes of a file: (position, length) → at most `length` bytes."""
@@ -41,6 +43,21 @@ class Layout:
     """Promised by the header, beyond the end of a file that was cut off."""
     warnings: list[str] = field(default_factory=list)
     """Where header and content disagree."""
+
+
+class Decoded(NamedTuple):
+    """What a decoder makes of a window."""
+
+    samples: np.ndarray
+    """float32 (channels, n), contiguous."""
+    lost: int = 0
+    """Frames of the window that cannot be decoded."""
+    missing: int = 0
+    """Those of them that were to follow the last sample; silence replaces the others."""
+    lost_at: int = 0
+    """The first of them, counted from the start of the file."""
+    failure: str = ""
+    """What the decoder said of it, in brackets; or ""."""
 
 
 class ByteReader:

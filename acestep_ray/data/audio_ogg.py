@@ -38,6 +38,10 @@ class Link:
     runs: list[list[Page]] = field(default_factory=list)
     """Pages with sound, one behind another; between two runs, some are lost. First and last page of each run."""
     has_end: bool = False
+    head: bytes = b""
+    """Of the first packet."""
+    bodies: list[tuple[int, int]] = field(default_factory=list)
+    """Of a FLAC stream: where the content of each page with sound is. Together they are a FLAC file's frames."""
 
 
 def page_checksum(page: bytes) -> int:
@@ -79,6 +83,9 @@ def scan(read_at: ReadAt, end: int, start: int = 0) -> list[Link]:
                     link.header_end = page.end
                 else:
                     _add(link, page)
+                    if link.codec == "flac":
+                        segments = reader.bytes_at(page.start + 26, 1)[0]
+                        link.bodies.append((page.start + _HEADER_BYTES + segments, page.end))
             link.has_end |= bool(page.flags & _LAST)
         if links:
             links[-1].end = page.end
@@ -141,7 +148,7 @@ def _open_link(reader: ByteReader, page: Page) -> Link:
         codec, rate = "opus", 48_000
     elif head[:5] == b"\x7fFLAC":
         codec, rate = "flac", int.from_bytes(head[27:30], "big") >> 4
-    return Link(page.start, page.end, {page.serial}, codec, rate, page.end)
+    return Link(page.start, page.end, {page.serial}, codec, rate, page.end, head=head)
 
 
 def _header_packets(reader: ByteReader, page: Page) -> int:

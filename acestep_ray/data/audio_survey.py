@@ -207,6 +207,9 @@ def _ogg_layout(source: AudioSource, file: soundfile.SoundFile | None, start: in
     warnings: list[str] = []
     lost = 0
     for link in links:
+        if link.codec == "flac" and link.bodies:
+            spans.append(_ogg_flac(link))
+            continue
         if len(link.runs) <= 1 or len(link.runs) > _MOST_SPANS:
             whole = _span(source, audio_ogg.view_of(link))
             if whole is not None:
@@ -224,6 +227,14 @@ def _ogg_layout(source: AudioSource, file: soundfile.SoundFile | None, start: in
     if not links[-1].has_end:
         warnings.append("its last pages are missing")
     return Layout(spans, 0.0, warnings)
+
+
+def _ogg_flac(link: audio_ogg.Link) -> Span:
+    """The link as a FLAC file, for libsndfile does not read all programs' FLAC in Ogg."""
+    info = audio_flac.stream_info(link.head[17:51])
+    total = max(0, link.runs[-1][-1].granule)
+    pieces: tuple[Piece, ...] = (audio_flac.header_of(info, total), *link.bodies)
+    return Span(total, info.sample_rate, info.channels, pieces)
 
 
 def _ogg_runs(source: AudioSource, link: audio_ogg.Link) -> list[Span]:

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import soxr
 
-from acestep_ray.data import audio_decoders
+from acestep_ray.data import audio_decoders, audio_soundfile
 from acestep_ray.data.audio import (
     SAMPLE_RATE,
     AudioError,
@@ -107,7 +107,7 @@ def test_windows_of_an_mp3_without_a_length_are_parts_of_the_whole(tmp_path):
 def test_a_window_is_found_where_seeking_fails(tmp_path, monkeypatch, suffix, lands_elsewhere):
     path = write(tmp_path / f"song.{suffix}", seconds=4, rate=48_000, **FORMATS[suffix])
     whole, _ = decode_window(path, 240)
-    monkeypatch.setattr(audio_decoders, "_BLOCK_SAMPLES", 5000)  # several blocks to discard
+    monkeypatch.setattr(audio_soundfile, "_BLOCK_SAMPLES", 5000)  # several blocks to discard
 
     def seek(self, frames, whence=0):
         if whence == 0 and frames == 96_000 and self.tell() == 0:
