@@ -6,7 +6,8 @@ A fault that is not the song's is raised.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,19 @@ from acestep_ray.errors import InputError
 from acestep_ray.storage import Store
 
 _NO_FILE = "missing"
+
+
+class _Window(NamedTuple):
+    """A window of a song as it was read."""
+
+    number: int
+    start: float
+    """Seconds."""
+    samples: np.ndarray | AudioError
+    """(channels, n), or why there are none."""
+    is_last: bool = True
+    decoded_share: float | None = None
+    warnings: Sequence[str] = ()
 
 
 def file_versions(root: Store, song: Song) -> FileVersions:
@@ -86,7 +100,7 @@ class _Decoder:
 
     def __init__(self, root: Store, song: Song, recipe: Recipe, versions: FileVersions):
         self.root, self.song, self.versions = root, song, versions
-        self.settings = recipe.settings
+        self.settings, self.min_decoded = recipe.settings, recipe.min_decoded
         self.fingerprint = recipe.reject_fingerprint(song, versions)
         self.audio_hash = ""
         self.speaker: np.ndarray | None = None
@@ -103,14 +117,19 @@ class _Decoder:
             return
         number = 0
         try:
-            with AudioFile(file) as audio:
+            with AudioFile(file, min_decoded=self.min_decoded) as audio:
                 self.audio_hash = audio.sha256()
                 problem = self._read_speaker()
                 if problem is not None:
                     yield problem
                     return
-                for number, start, samples, is_last in self._samples(audio):
-                    yield self._window(audio, number, start, samples, is_last)
+                for window in self._windows_of(audio):
+                    number = window.number
+                    if isinstance(window.samples, AudioError):
+                        problem_text = str(window.samples)
+                        yield self.reject(window.samples.reason, problem_text, number, window.is_last)
+                    else:
+                        yield self._window(audio.sample_rate, window, window.samples)
         except AudioError as error:
             yield self.reject(error.reason, str(error), window=number)
 
@@ -142,81 +161,95 @@ class _Decoder:
             return self.reject(RejectReason.BAD_SPEAKER, first_line(error))
         return None
 
-    def _samples(self, audio: AudioFile) -> Iterator[tuple[int, float, np.ndarray, bool]]:
-        """Number, start in seconds, samples (channels, n) of each window, and whether it is the last."""
+    def _windows_of(self, audio: AudioFile) -> Iterator[_Window]:
         length = self.settings.window_seconds
         if self.settings.window == "all":
             yield from _consecutive_windows(audio, length)
-        elif self.settings.window == "first":
-            yield 0, 0.0, audio.read(0.0, length), True
-        else:
+            return
+        start = 0.0
+        if self.settings.window == "random":
             start = random_start(audio, length, self.settings.seed, self.song.key)
-            samples = audio.read(start, length)
-            if samples.shape[1] == 0:
-                raise AudioError(
-                    RejectReason.CORRUPT,
-                    f"no audio at {start:.1f} s, where its header promises some: {self.song.filename}",
-                )
-            yield 0, start, samples, True
+        window = _read_window(audio, 0, start, length)
+        if not isinstance(window.samples, AudioError) and window.samples.shape[1] == 0:
+            raise AudioError(
+                RejectReason.CORRUPT,
+                f"no audio at {start:.1f} s, where its header promises some: {self.song.filename}",
+            )
+        yield window
 
-    def _window(
-        self, audio: AudioFile, number: int, start: float, samples: np.ndarray, is_last: bool
-    ) -> DecodedSong | Reject:
+    def _window(self, sample_rate: int, window: _Window, samples: np.ndarray) -> DecodedSong | Reject:
         length = self.settings.window_seconds
         silent = silent_fraction(samples[:2])  # training takes the first two channels
         if silent > MAX_SILENT_FRACTION:
             return self.reject(
                 RejectReason.SILENT,
                 f"{silent:.1%} of the audio is silence: {self.song.filename}",
-                window=number,
-                is_last=is_last,
+                window=window.number,
+                is_last=window.is_last,
             )
-        wave = to_training_audio(samples, audio.sample_rate, length, self.settings.loudness_lufs)
+        wave = to_training_audio(samples, sample_rate, length, self.settings.loudness_lufs)
         return DecodedSong(
             song=self.song,
-            key=self._key(number),
-            window=number,
-            is_last_window=is_last,
-            start_seconds=start,
+            key=self._key(window.number),
+            window=window.number,
+            is_last_window=window.is_last,
+            start_seconds=window.start,
             audio_sha256=self.audio_hash,
             audio_version=self.versions.audio,
             speaker_sha256=self.speaker_hash,
             speaker_version=self.versions.speaker,
-            duration_seconds=min(samples.shape[1] / audio.sample_rate, length),
+            duration_seconds=min(samples.shape[1] / sample_rate, length),
             wave=wave,
             speaker=self.speaker,
+            decoded_share=window.decoded_share,
+            warning="; ".join(window.warnings) or None,
         )
 
 
-def _consecutive_windows(audio: AudioFile, length: float) -> Iterator[tuple[int, float, np.ndarray, bool]]:
-    """Windows without gaps from the start on. What is left at the end is dropped if it is under `MIN_SECONDS`."""
-    number, samples = 0, audio.read(0.0, length)
+def _consecutive_windows(audio: AudioFile, length: float) -> Iterator[_Window]:
+    """Windows without gaps from the start on. What is left at the end is dropped if it is under `MIN_SECONDS`.
+
+    A window of which too little decodes is rejected alone. What a header promises behind the end of a file that was
+    cut off belongs to the window in which the file ends.
+    """
+    window = _read_window(audio, 0, 0.0, length)
     while True:
-        following = None
-        if samples.shape[1] >= int(length * audio.sample_rate):
-            following = _read_if_there(audio, (number + 1) * length, length)
-        yield number, number * length, samples, following is None
+        following, number = None, window.number + 1
+        if _may_follow(audio, window, number * length, length):
+            following = _read_window(audio, number, number * length, length)
+            samples = following.samples
+            if not isinstance(samples, AudioError) and samples.shape[1] < MIN_SECONDS * audio.sample_rate:
+                following = None
+        yield window._replace(is_last=following is None)
         if following is None:
             return
-        number, samples = number + 1, following
+        window = following
 
 
-def _read_if_there(audio: AudioFile, start: float, length: float) -> np.ndarray | None:
-    """A window past the first; None where the audio has ended, whatever the header says."""
+def _may_follow(audio: AudioFile, window: _Window, start: float, length: float) -> bool:
+    """Whether there may be a window at `start`, behind this one."""
+    if audio.is_counted and audio.duration_seconds is not None:
+        return round((audio.duration_seconds - start - MIN_SECONDS) * audio.sample_rate) >= 0
+    samples = window.samples
+    return not isinstance(samples, AudioError) and samples.shape[1] >= int(length * audio.sample_rate)
+
+
+def _read_window(audio: AudioFile, number: int, start: float, length: float) -> _Window:
     try:
-        samples = audio.read(start, length)
+        samples: np.ndarray | AudioError = audio.read(start, length)
     except AudioError as error:
-        if error.reason is RejectReason.CORRUPT:
-            return None
-        raise
-    return samples if samples.shape[1] >= MIN_SECONDS * audio.sample_rate else None
+        if error.reason is not RejectReason.CORRUPT:
+            raise
+        samples = error
+    return _Window(number, start, samples, True, audio.decoded_share, audio.warnings)
 
 
 def random_start(audio: AudioFile, length: float, seed: int, key: str) -> float:
     """Where the song's window begins, in seconds: a function of the seed, the key and the song's length."""
     seconds = audio.duration_seconds
     if seconds is None:
-        windows = _consecutive_windows(audio, length)
-        seconds = sum(samples.shape[1] for _, _, samples, _ in windows) / audio.sample_rate
+        windows = [window.samples for window in _consecutive_windows(audio, length)]
+        frames = sum(0 if isinstance(samples, AudioError) else samples.shape[1] for samples in windows)
+        seconds = frames / audio.sample_rate
     share = int(hash_of("window", seed, key)[:12], 16) / 16**12
     return share * max(0.0, seconds - length)

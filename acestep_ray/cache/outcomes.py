@@ -25,6 +25,7 @@ _ROW_COLUMNS = (
     "audio_version",
     "speaker_sha256",
     "speaker_version",
+    "decoded_share",
 )
 
 
@@ -79,7 +80,9 @@ class Outcomes:
         for place in self._rows_of.get(song.key, ()):
             values = self._row(place)
             expected = recipe.row_fingerprint(song, values["audio_sha256"], values["speaker_sha256"])
-            if values["fingerprint"] == expected:
+            share = values["decoded_share"]
+            is_enough = share is None or share >= recipe.min_decoded
+            if values["fingerprint"] == expected and is_enough:
                 versions.setdefault(expected, {}).setdefault(values["window"], place)
         return list(versions.values())
 

@@ -26,6 +26,8 @@ from acestep_ray.cache.schema import (
     SAMPLE_SCHEMA,
     song_writer,
     table_to_bytes,
+    with_added,
+    without_added,
 )
 from acestep_ray.errors import AceStepError
 from acestep_ray.storage import Store
@@ -122,7 +124,7 @@ def _column_sizes(group: pq.RowGroupMetaData) -> dict[str, int]:
 
 def _ledger_columns(row: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     return {
-        **{name: row[name] for name in _ROW_COLUMNS},
+        **{name: row.get(name) for name in _ROW_COLUMNS},
         "latents_bytes": sizes["latents"],
         "text_bytes": sizes["text_embeddings"],
         "ssl_bytes": sizes["ssl"],
@@ -135,9 +137,11 @@ def ledger_of_part(cache: Store, name: str) -> pa.Table:
     """The ledger of a part in `samples/`, read from the part itself; empty if it is damaged or of another format."""
     try:
         with cache.open(name) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
-            if not parquet.schema_arrow.equals(SAMPLE_SCHEMA):
+            found = parquet.schema_arrow
+            if not found.equals(SAMPLE_SCHEMA) and not found.equals(without_added(SAMPLE_SCHEMA)):
                 return LEDGER_SCHEMA.empty_table()
-            rows = parquet.read(columns=_READ_FOR_LEDGER, use_threads=False).to_pylist()
+            columns = [name for name in _READ_FOR_LEDGER if name in found.names]
+            rows = parquet.read(columns=columns, use_threads=False).to_pylist()
             groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
             footer_bytes = parquet.metadata.serialized_size
             num_bytes = file.seek(0, os.SEEK_END)
@@ -184,7 +188,10 @@ def read_row(
         ) as parquet:
             row = parquet.read(columns=columns, use_threads=False)
         # Before any value is read, for the reason that `has_types` gives.
-        if not row.schema.equals(_schema_of(tuple(SAMPLE_SCHEMA.names if columns is None else columns))):
+        expected = _schema_of(tuple(SAMPLE_SCHEMA.names if columns is None else columns))
+        if row.schema.equals(without_added(expected)):
+            row = with_added(row, expected)
+        if not row.schema.equals(expected):
             raise pa.ArrowInvalid(f"its columns are not those of this version: {row.schema.names}")
         if row["key"].to_pylist() == [key]:
             return row

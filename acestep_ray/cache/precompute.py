@@ -18,6 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 
@@ -161,9 +162,22 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
         num_bytes=sum(rows["length"].to_pylist()),
         wall_seconds=time.monotonic() - started,
         output_dir=cache.url,
-        warnings=[*songs.warnings, *lyric_warnings(songs, run.tokenizer, {r.song_key for r in rejects})],
+        warnings=[
+            *songs.warnings,
+            *lyric_warnings(songs, run.tokenizer, {r.song_key for r in rejects}),
+            *_warnings_of(rows),
+        ],
         layouts=songs.layouts,
     )
+
+
+def _warnings_of(rows: pa.Table) -> list[str]:
+    """A line for each song, or window, whose file was read otherwise than its header says."""
+    told = rows.filter(pc.is_valid(rows["warning"])).sort_by("key")
+    return [
+        f"{key}: {text}"
+        for key, text in zip(told["key"].to_pylist(), told["warning"].to_pylist(), strict=True)
+    ]
 
 
 # --- settings ----------------------------------------------------------------------------------------------
@@ -184,6 +198,7 @@ def check_settings(config: PrecomputeConfig) -> tuple[str, ...]:
             config.loudness_lufs is None or -70 <= config.loudness_lufs <= 0,
             "-70 to 0 (LUFS), or left out",
         ),
+        ("min_decoded", 0 < config.min_decoded <= 1, "above 0 and at most 1"),
         ("batch_frames", config.batch_frames >= 1, "at least 1"),
         ("device", config.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
         ("precision", config.precision in ("auto", "32", "16"), "auto, 32 or 16"),
@@ -236,7 +251,7 @@ def make_recipe(
         seed=config.seed,
         speaker_dim=checkpoint.transformer_config.speaker_embedding_dim,
     )
-    return Recipe(settings, models, config.keep_unknown_lyrics)
+    return Recipe(settings, models, config.min_decoded, config.keep_unknown_lyrics)
 
 
 # --- the run -----------------------------------------------------------------------------------------------

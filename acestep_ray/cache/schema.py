@@ -97,8 +97,15 @@ SAMPLE_SCHEMA = pa.schema(
                 )
             ),
         ),
+        # Of the window's audio, null where all of it decodes: silence replaces the rest, or it is missing at the end.
+        ("decoded_share", pa.float64()),
+        # What disagrees in the song's file, and what was done about it; null where nothing does.
+        ("warning", pa.string()),
     ]
 )
+
+ADDED_COLUMNS = ("decoded_share", "warning")
+"""Columns that older versions did not write; where they are missing they are null."""
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -152,6 +159,8 @@ LEDGER_SCHEMA = pa.schema(
         ("ssl_bytes", pa.int64()),
         ("prompt_count", pa.int32()),
         ("languages", _list_of(pa.string())),
+        ("decoded_share", pa.float64()),
+        ("warning", pa.string()),
     ]
 )
 """What is known of a stored song without reading it; the first columns are those of `SAMPLE_SCHEMA`."""
@@ -245,10 +254,23 @@ def has_types(found: pa.Schema, schema: pa.Schema) -> bool:
     return found.names == schema.names and not _other_types(found, schema)
 
 
+def without_added(schema: pa.Schema) -> pa.Schema:
+    """The columns of a schema that older versions wrote."""
+    return pa.schema([field for field in schema if field.name not in ADDED_COLUMNS])
+
+
+def with_added(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table of a schema, also if an older version wrote it."""
+    for name in ADDED_COLUMNS:
+        if name in schema.names and name not in table.column_names:
+            table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
+    return table
+
+
 def _other_types(found: pa.Schema, schema: pa.Schema) -> list[str]:
     """Columns of the same names and other types."""
     kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in found.types]
-    pairs = zip(found.names, kinds, schema.types, strict=True)
+    pairs = zip(found.names, kinds, schema.types, strict=False)
     return [f"{name}: {kind}" for name, kind, wanted in pairs if kind != wanted]
 
 
@@ -264,10 +286,11 @@ def table_from_bytes(content: Any, schema: pa.Schema, repeated: str | None = Non
         raise pa.ArrowInvalid(str(error)) from None
     with parquet:
         found = parquet.schema_arrow
-        if not has_types(found, schema):
-            others = found.names if found.names != schema.names else _other_types(found, schema)
+        if not has_types(found, schema) and not has_types(found, without_added(schema)):
+            names = (schema.names, without_added(schema).names)
+            others = found.names if found.names not in names else _other_types(found, schema)
             raise pa.ArrowInvalid(f"its columns are {', '.join(others)}")
-        return parquet.read()
+        return with_added(parquet.read(), schema)
 
 
 def is_table_name(name: Any) -> bool:

@@ -5,7 +5,6 @@ No torch here: the processes that decode need none.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from acestep_ray.cache.schema import FEATURE_GROUPS, FORMAT_VERSION, SAMPLE_SCHEMA, array_to_bytes, hash_of
-from acestep_ray.data.audio import RESAMPLER
+from acestep_ray.data.audio import MIN_DECODED, RESAMPLER
 from acestep_ray.data.lyric_text import read_lyric_text
 from acestep_ray.data.schema import RejectReason, row_recaption, row_tags, row_text
 from acestep_ray.errors import InputError
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 
 MAX_SILENT_FRACTION = 0.95
 """A song, or a window of one, with more silence than this is rejected."""
+
+DECODING_VERSION = 2
+"""Raised when files that were rejected may be read now; earlier rejects are then tried again."""
 
 WINDOWS = ("first", "all", "random")
 """Which part of a song is used: its start, one window after another, or one at a random place."""
@@ -81,6 +83,9 @@ class Recipe:
     settings: Settings
     models: dict[str, str]
     """Fingerprint of each model that takes part, and of the lyric vocabulary."""
+    min_decoded: float = MIN_DECODED
+    """Share of a song's or window's audio that must decode. No part of a row's identity: `decoded_share` is a column
+    of those that it concerns."""
     keep_unknown_lyrics: bool = False
     """Whether songs are kept whose lyrics are mostly unknown to the vocabulary. Changes no row."""
 
@@ -92,14 +97,13 @@ class Recipe:
         return hash_of(self._made_from(song), audio_sha256, speaker_sha256)
 
     def reject_fingerprint(self, song: Song, versions: FileVersions) -> str:
-        """Identity of a song that was rejected: its files count by their versions, for they may be unreadable."""
+        """Identity of a song that was rejected: its files count by their versions, for they may be unreadable.
+
+        So does how audio is read: what is rejected by other rules is tried again.
+        """
         place = [song.filename, song.speaker_path, song.problem]
-        parts = ["reject", self._made_from(song), place, versions.audio, versions.speaker]
-        if self.keep_unknown_lyrics:
-            parts.append("unknown lyrics are kept")
-        if song.language and _was_refused(song):
-            parts.append("names of languages are read")
-        return hash_of(*parts)
+        rules = [DECODING_VERSION, self.min_decoded, self.keep_unknown_lyrics]
+        return hash_of("reject", self._made_from(song), place, versions.audio, versions.speaker, rules)
 
     def _made_from(self, song: Song) -> list[Any]:
         text = [song.key, song.tags, song.recaption, song.lyrics, song.language]
@@ -151,6 +155,10 @@ class DecodedSong:
     """float32 (2, n) at 48 kHz."""
     speaker: np.ndarray | None
     """float32 (speaker_dim,)."""
+    decoded_share: float | None = None
+    """Of the window's audio; None where all of it decodes."""
+    warning: str | None = None
+    """What disagrees in the file, and what was done about it."""
 
     def header(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
@@ -222,22 +230,11 @@ def build_row(decoded: DecodedSong, columns: Mapping[str, Any], recipe: Recipe) 
         "duration_seconds": decoded.duration_seconds,
         "speaker": None if decoded.speaker is None else array_to_bytes(decoded.speaker),
         "latent_frames": 0,
+        "decoded_share": decoded.decoded_share,
+        "warning": decoded.warning,
         **columns,
     }
     return pa.Table.from_pylist([row], schema=SAMPLE_SCHEMA)
-
-
-def _was_refused(song: Song) -> bool:
-    """Whether earlier versions rejected a song for its `language` that is now used: such rejects are tried again."""
-    from acestep_ray.data.lyrics import LANGUAGES, parse_language
-
-    if re.split("[-_]", song.language.strip().lower())[0] in LANGUAGES:
-        return False
-    try:
-        parse_language(song.language)
-    except InputError:
-        return not song.lyrics.strip()
-    return True
 
 
 def first_line(error: Exception) -> str:

@@ -54,6 +54,7 @@ class PrecomputeConfig:
             "window",
             "window_seconds",
             "loudness_lufs",
+            "min_decoded",
             "tag_shuffles",
             "ssl_frame_stride",
             "seed",
@@ -97,6 +98,8 @@ class PrecomputeConfig:
     """Seconds of a window, 3 to 240."""
     loudness_lufs: float | None = None
     """Integrated loudness (LUFS) that every window is brought to; none leaves songs as loud as they are."""
+    min_decoded: float = 0.95
+    """Share of a song's audio, or of a window's, that must decode, above 0 and at most 1; less is rejected."""
     tag_shuffles: int = 4
     """How many orders of a song's tags are cached as prompts; each recaption adds one more."""
     ssl_frame_stride: int = 4

@@ -17,6 +17,7 @@ class TrainConfig:
             "dataset_path",
             "texts",
             "tag_metas",
+            "min_decoded",
             "num_workers",
             "reload_dataloaders_every_n_epochs",
             "keep_unknown_lyrics",
@@ -98,6 +99,8 @@ class TrainConfig:
     tracking_uri: str | None = None
     """MLflow server or database; the default is a SQLite file in LOGGER_DIR, which has to be on a disk then. `none`
     turns MLflow off."""
+    min_decoded: float = 0.95
+    """On songs without a cache: share of a song's audio that must decode, above 0 and at most 1; less is rejected."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01

@@ -11,6 +11,8 @@ import soxr
 
 from acestep_ray.data.audio_decoders import open_decoder
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES, UNSUPPORTED_SUFFIXES
+from acestep_ray.data.audio_layout import Decoded
+from acestep_ray.data.audio_level import FLOAT_SUBTYPES, Level, measure
 from acestep_ray.data.audio_source import AudioError, AudioSource
 from acestep_ray.data.loudness import integrated_loudness
 from acestep_ray.data.schema import RejectReason
@@ -18,6 +20,7 @@ from acestep_ray.storage import StoredFile
 
 __all__ = [
     "AUDIO_SUFFIXES",
+    "MIN_DECODED",
     "MIN_SECONDS",
     "RESAMPLER",
     "SAMPLE_RATE",
@@ -40,6 +43,15 @@ MIN_SECONDS = 3.0
 
 RESAMPLER = "soxr-hq"
 """How training audio is resampled; part of what a cached row was made from."""
+
+MIN_DECODED = 0.95
+"""Share of the expected audio that must decode, unless it is chosen otherwise."""
+
+# The end of a lossy file may be off by a frame or two.
+_TOLERATED_SECONDS = 0.1
+# A stretch that is resampled may be off by a sample or two.
+_TOLERATED_SILENCE = 0.001
+_LEVEL_BLOCK_SAMPLES = 1 << 20
 
 WHOLE_FETCH_BYTES = 64 << 20
 """An object up to this size is fetched whole, in one request; of a larger one, only the ranges that are decoded."""
@@ -67,50 +79,131 @@ class AudioFile:
     """Hz, 8000 to 192000."""
     channels: int
     """1 to 8."""
-    duration_seconds: float | None
-    """What the header says, which may be wrong; None for an MP3 without a Xing header and where it says nothing."""
+    decoded_share: float | None
+    """Of the window that was read last; None where all of it decodes."""
 
-    def __init__(self, file: StoredFile | str | os.PathLike[str], *, fetch_whole: bool = True):
-        """`fetch_whole=False` reads an object of any size by ranges: for a look at its header."""
+    def __init__(
+        self,
+        file: StoredFile | str | os.PathLike[str],
+        *,
+        fetch_whole: bool = True,
+        min_decoded: float = MIN_DECODED,
+    ):
+        """`fetch_whole=False` reads an object of any size by ranges and believes its header: for a look at that.
+
+        `min_decoded` is the share of a window that must decode, 0 to 1.
+        """
         self._source = AudioSource(file, WHOLE_FETCH_BYTES if fetch_whole else 0)
+        self._headers_only = not fetch_whole
+        self._min_decoded = min_decoded
+        self._level: Level | None = None
+        self._damage = ""
+        self.decoded_share = None
         try:
-            self._decoder = open_decoder(self._source)
+            self._decoder = open_decoder(self._source, headers_only=not fetch_whole)
             self.sample_rate, self.channels = self._decoder.sample_rate, self._decoder.channels
             self._check_format()
         except BaseException:
             self.close()
             raise
-        frames = self._decoder.frames
-        self.duration_seconds = None if frames is None else frames / self.sample_rate
+
+    @property
+    def duration_seconds(self) -> float | None:
+        """Length of what is there, counted where the header may be wrong; None where only decoding would tell.
+
+        With `fetch_whole=False`, what the header says.
+        """
+        frames = self._decoder.claimed_frames if self._headers_only else self._decoder.frames
+        return None if frames is None else frames / self.sample_rate
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether `duration_seconds` was counted, not read from the header."""
+        return self._decoder.is_surveyed
+
+    @property
+    def warnings(self) -> list[str]:
+        """What disagrees in the file, and what was done about it in the window that was read last."""
+        level = self._level.warning if self._level is not None else ""
+        return [text for text in (*self._decoder.warnings, self._damage, level) if text]
 
     def read(self, start_seconds: float, seconds: float) -> np.ndarray:
         """The audio from `start_seconds` on, at most `seconds` of it; nothing beyond is decoded.
 
-        Returns float32 (channels, n), in [-1, 1] for integer formats; n is 0 past the end of the audio.
+        Returns float32 (channels, n), in [-1, 1] for integer formats and for float ones (see `audio_level`); n is 0
+        past the end of the audio.
 
-        A file cut off in the middle is used as far as it goes, if at least half of the audio that its header promises
-        for the window can be decoded. Ogg files and MP3 files without a Xing header promise no length.
+        Silence of the same length replaces what is damaged, so that what follows stays at its place. The window is
+        used if at least the share `min_decoded` of what is expected of it decodes; `decoded_share` and `warnings`
+        then tell of it.
 
         Raises AudioError: CORRUPT, or UNREADABLE if storage failed.
         """
         rate, source = self.sample_rate, self._source
         start, limit = round(start_seconds * rate), math.ceil(seconds * rate)
-        samples, failure = self._decoder.read(start, limit)
+        found = self._decoder.read(start, limit)
         source.raise_failure()
-        decoded = samples.shape[1]
-        promised = self._decoder.promised_frames
-        if promised is not None and decoded < 0.5 * min(promised - start, limit):
+        samples = found.samples
+        self.channels = self._decoder.channels
+        self._note_damage(start, found)
+        if samples.shape[1] == 0 and (start == 0 or found.failure):
+            raise AudioError(RejectReason.CORRUPT, f"no audio can be decoded{found.failure}: {source.name}")
+        if not _is_finite(samples):
+            raise AudioError(RejectReason.CORRUPT, f"the audio holds NaN or infinite samples: {source.name}")
+        return self._scaled(samples, start)
+
+    def _note_damage(self, start: int, found: Decoded) -> None:
+        """Raises AudioError where too little of a window decodes."""
+        rate = self.sample_rate
+        self.decoded_share, self._damage = None, ""
+        expected = found.samples.shape[1] + found.missing
+        silenced = found.lost - found.missing
+        at_the_end = min(_TOLERATED_SECONDS * rate, 0.5 * expected)
+        if silenced <= _TOLERATED_SILENCE * rate and found.missing <= at_the_end:
+            return
+        decoded = expected - found.lost
+        self.decoded_share = share = decoded / expected
+        if share < self._min_decoded:
             place = f" from {start / rate:.1f} s on," if start else ""
             raise AudioError(
                 RejectReason.CORRUPT,
-                f"only {decoded / rate:.1f} s can be decoded{place} of the {promised / rate:.1f} s "
-                f"that the header promises{failure}: {source.name}",
+                f"only {decoded / rate:.1f} s can be decoded{place} of the {expected / rate:.1f} s that the file "
+                f"promises: {share:.1%}, --min_decoded is {self._min_decoded:g}, the damage begins at "
+                f"{found.lost_at / rate:.1f} s{found.failure}: {self._source.name}",
             )
-        if decoded == 0 and (start == 0 or failure):
-            raise AudioError(RejectReason.CORRUPT, f"no audio can be decoded{failure}: {source.name}")
-        if not _is_finite(samples):
-            raise AudioError(RejectReason.CORRUPT, f"the audio holds NaN or infinite samples: {source.name}")
-        return samples
+        self._damage = (
+            f"{share:.1%} of it decodes: {found.lost / rate:.1f} s are lost, the first at "
+            f"{found.lost_at / rate:.1f} s"
+        )
+
+    def _scaled(self, samples: np.ndarray, start: int) -> np.ndarray:
+        """Float samples at full scale 1.0; those of integer formats are unchanged."""
+        if self._decoder.subtype not in FLOAT_SUBTYPES or not samples.size:
+            return samples
+        if self._level is None:
+            frames = self._decoder.frames
+            is_whole = start == 0 and frames is not None and samples.shape[1] >= frames
+            self._level = measure([samples] if is_whole else self._blocks())
+        scale = max(self._level.full_scale, 1.0)
+        if scale == 1.0:
+            return samples
+        if math.isinf(scale):
+            raise AudioError(
+                RejectReason.CORRUPT,
+                f"the float samples reach {self._level.peak:.1e}, which is no sound: {self._source.name}",
+            )
+        return np.divide(samples, np.float32(scale), out=samples)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """All samples of the file."""
+        position, frames = 0, max(1, _LEVEL_BLOCK_SAMPLES // self.channels)
+        while True:
+            samples = self._decoder.read(position, frames).samples
+            self._source.raise_failure()
+            if not samples.shape[1]:
+                return
+            yield samples
+            position += samples.shape[1]
 
     def sha256(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal. Raises AudioError (UNREADABLE)."""
@@ -139,7 +232,7 @@ class AudioFile:
             raise AudioError(
                 RejectReason.UNSUPPORTED, f"{self.channels} channels, not 1 to {_MAX_CHANNELS}: {name}"
             )
-        if self._decoder.frames == 0:
+        if self._decoder.claimed_frames == 0:
             raise AudioError(RejectReason.EMPTY, f"the audio file has no samples: {name}")
 
 

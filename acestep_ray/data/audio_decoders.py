@@ -12,139 +12,103 @@ import numpy as np
 import soundfile
 
 from acestep_ray.data.audio_formats import (
+    HALF_DOWNLOADED,
     HEAD_BYTES,
     SOUNDFILE_FORMATS,
     TORCHCODEC_SUFFIXES,
     UNSUPPORTED_SUFFIXES,
     Container,
     ffmpeg_container,
-    header_lengths,
+    is_protected,
+    not_audio,
     starts_like_audio,
 )
+from acestep_ray.data.audio_layout import Decoded
+from acestep_ray.data.audio_soundfile import SoundfileDecoder, decoder_text_of
 from acestep_ray.data.audio_source import AudioError, AudioSource
+from acestep_ray.data.audio_survey import survey
 from acestep_ray.data.schema import RejectReason
 
-# Samples of all channels that are decoded at once: 4 MB. Fewer cost time in MP3 files, where each read seeks.
-_BLOCK_SAMPLES = 1 << 20
-# No usual file holds more samples a byte than this; where one does, the buffer grows.
-_SAMPLES_PER_BYTE = 32
 # Seconds that FFmpeg decodes at once when it looks for the place where a damaged file stops.
 _PROBE_SECONDS = 1.0
-# Where a file stands after its decoder failed: at no frame.
-_UNKNOWN_POSITION = -1
 
 
 class Decoder(Protocol):
+    """Windows of a file."""
+
     sample_rate: int
     channels: int
-    frames: int | None
-    """Length of the audio; None if unknown."""
-    promised_frames: int | None
-    """Length that the header declares, which may be more than there is."""
+    subtype: str
+    """libsndfile's name of the form of the samples."""
 
-    def read(self, start: int, limit: int) -> tuple[np.ndarray, str]:
-        """At most `limit` frames from `start`, float32 (channels, n) and contiguous; why they end early, or ""."""
+    @property
+    def frames(self) -> int | None:
+        """Length of the audio, found by a look at the whole file where the header may be wrong; None if unknown."""
+
+    @property
+    def claimed_frames(self) -> int | None:
+        """Length of the audio by the header alone; None if it says nothing."""
+
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether `frames` was counted."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Where the header disagrees with the content."""
+
+    def read(self, start: int, limit: int) -> Decoded:
+        """At most `limit` frames from `start`."""
 
     def close(self) -> None: ...
 
 
-def open_decoder(source: AudioSource) -> Decoder:
+def open_decoder(source: AudioSource, *, headers_only: bool = False) -> Decoder:
+    """With `headers_only`, what the header says of the length is believed."""
     file, decoder_text = None, ""
+    head = source.read_at(0, HEAD_BYTES)
+    problem = not_audio(head, source.size, source.read_at)
+    if problem is not None:
+        reason, message = problem
+        raise AudioError(reason, f"{message}: {source.name}")
     try:
         file = soundfile.SoundFile(source.reader())
     except (soundfile.SoundFileError, TypeError) as error:
         # TypeError: soundfile wants to be told the form of a `.raw` file. Its own errors cannot be pickled.
-        decoder_text = _decoder_text(error)
+        decoder_text = decoder_text_of(error)
     source.raise_failure()
-    if file is not None:
-        if file.format in SOUNDFILE_FORMATS:
-            return _SoundfileDecoder(source, file)
+    if file is not None and file.format not in SOUNDFILE_FORMATS:
         # Files named .au, .vox or .gsm without a header would be taken for headerless telephone audio.
         file.close()
-    head = source.read_at(0, HEAD_BYTES)
-    container = ffmpeg_container(head)
+        file, decoder_text = None, ""
+    container = ffmpeg_container(head) if file is None else None
     if container is not None:
+        if is_protected(head, source.size, source.read_at):
+            raise AudioError(
+                RejectReason.UNSUPPORTED,
+                f"the song is protected by DRM (a purchase as .m4p): only a copy without it can be read: {source.name}",
+            )
         return _TorchcodecDecoder(source, container)
-    if file is None and source.suffix == ".raw":
+    needs_no_requests = source.is_at_hand and not headers_only
+    layout = survey(source, file, headers_only=not needs_no_requests)
+    if file is not None or layout is not None:
+        return SoundfileDecoder(source, file, layout, is_open=not (needs_no_requests or headers_only))
+    if source.suffix == ".raw":
         raise AudioError(RejectReason.UNSUPPORTED, f"headerless audio (.raw) is not read: {source.name}")
-    if file is None and starts_like_audio(head):
+    if decoder_text and starts_like_audio(head):
         raise AudioError(
             RejectReason.CORRUPT, f"the audio file is damaged or cut off ({decoder_text}): {source.name}"
+        )
+    if source.suffix in HALF_DOWNLOADED:
+        raise AudioError(
+            RejectReason.UNSUPPORTED,
+            f"a download that has not ended is no audio yet, finish it or remove the file: {source.name}",
         )
     known = source.suffix in TORCHCODEC_SUFFIXES | UNSUPPORTED_SUFFIXES
     hint = f" ({source.suffix} files are known by their content)" if known else ""
     raise AudioError(
         RejectReason.UNSUPPORTED, f"the file's content is no audio that is known{hint}: {source.name}"
     )
-
-
-class _SoundfileDecoder:
-    def __init__(self, source: AudioSource, file: soundfile.SoundFile):
-        self._source, self._file = source, file
-        self.sample_rate, self.channels = file.samplerate, file.channels
-        self.frames, self.promised_frames = header_lengths(
-            file.format, file.frames, source.size, source.read_at
-        )
-        self._position = 0
-
-    def read(self, start: int, limit: int) -> tuple[np.ndarray, str]:
-        limit = max(0, min(limit, self._file.frames - start))
-        failure = self._go_to(start) if limit else ""
-        block = np.empty((min(limit, _BLOCK_SAMPLES // self.channels), self.channels), dtype=np.float32)
-        # An absurd header must not allocate what is not there.
-        capacity = min(limit, max(len(block), _SAMPLES_PER_BYTE * self._source.size // self.channels))
-        samples = np.empty((self.channels, capacity), dtype=np.float32)
-        decoded = 0
-        while decoded < limit and not failure:
-            wanted = min(len(block), limit - decoded)
-            part, failure = self._read_frames(block[:wanted])
-            if decoded + len(part) > samples.shape[1]:
-                grown = np.empty((self.channels, min(limit, 2 * (decoded + wanted))), dtype=np.float32)
-                grown[:, :decoded] = samples[:, :decoded]
-                samples = grown
-            samples[:, decoded : decoded + len(part)] = part.T
-            decoded += len(part)
-            if len(part) < wanted:
-                break
-        return np.ascontiguousarray(samples[:, :decoded]), failure
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _go_to(self, frame: int) -> str:
-        """Make `frame` the next one that is read; returns what failed, or ""."""
-        if self._position == frame:
-            return ""
-        self._position = frame
-        try:
-            if self._file.seek(frame) == frame:
-                return ""
-        except soundfile.SoundFileError:
-            pass
-        # Damaged files may have no way to a place but through all that is before it, and none after a failed seek.
-        self._file.close()
-        self._file = soundfile.SoundFile(self._source.reader())
-        block = np.empty((_BLOCK_SAMPLES // self.channels, self.channels), dtype=np.float32)
-        self._position = 0
-        while self._position < frame:
-            part, failure = self._read_frames(block[: frame - self._position])
-            if failure or not len(part):
-                return failure
-        return ""
-
-    def _read_frames(self, buffer: np.ndarray) -> tuple[np.ndarray, str]:
-        """The next frames, as many as fit into `buffer` (frames, channels), and why the reading stopped early."""
-        # When a decoder fails, soundfile drops the number of frames it had read; the NaNs tell where it stopped.
-        buffer.fill(np.nan)
-        try:
-            part = self._file.read(out=buffer)
-        except soundfile.SoundFileError as error:
-            unread = np.isnan(buffer[:, 0])
-            self._position = _UNKNOWN_POSITION
-            decoded = int(unread.argmax()) if unread.any() else len(buffer)
-            return buffer[:decoded], f" ({_decoder_text(error)})"
-        self._position += len(part)
-        return part, ""
 
 
 class _TorchcodecDecoder:
@@ -167,11 +131,21 @@ class _TorchcodecDecoder:
             ) from None
         metadata = self._decoder.metadata
         self.sample_rate, self.channels = metadata.sample_rate or 0, metadata.num_channels or 0
+        self.subtype = ""
         seconds = metadata.duration_seconds
         known = container.declares_length and seconds is not None and 0 < seconds < math.inf
-        self.frames = self.promised_frames = round(seconds * self.sample_rate) if known else None
+        self.frames = self.claimed_frames = round(seconds * self.sample_rate) if known else None
+        self.is_surveyed = False
+        self.warnings: list[str] = []
 
-    def read(self, start: int, limit: int) -> tuple[np.ndarray, str]:
+    def read(self, start: int, limit: int) -> Decoded:
+        samples, failure = self._read(start, limit)
+        decoded = samples.shape[1]
+        promised = decoded if self.frames is None else max(0, min(self.frames - start, limit))
+        missing = max(0, promised - decoded)
+        return Decoded(samples, missing, missing, start + decoded, failure)
+
+    def _read(self, start: int, limit: int) -> tuple[np.ndarray, str]:
         if self.frames is not None and start >= self.frames:
             return np.empty((self.channels, 0), dtype=np.float32), ""
         try:
@@ -228,10 +202,6 @@ def _torchcodec() -> tuple[Any, str]:
 def why_no_torchcodec() -> str:
     """Why the formats that FFmpeg decodes are not read here; empty where they are."""
     return _torchcodec()[1]
-
-
-def _decoder_text(error: Exception) -> str:
-    return str(error).rpartition(": ")[2].rstrip(".")
 
 
 def _ffmpeg_text(error: Exception) -> str:

@@ -1,10 +1,12 @@
-"""What the first bytes of an audio file tell: its kind, and the length that its header declares."""
+"""What the first bytes of an audio file tell: its kind, or what it is that is no audio."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+import json
 from typing import NamedTuple
+
+from acestep_ray.data.audio_layout import ReadAt
+from acestep_ray.data.schema import RejectReason
 
 AUDIO_SUFFIXES = frozenset(
     {
@@ -53,16 +55,6 @@ SOUNDFILE_FORMATS = frozenset({"WAV", "WAVEX", "RF64", "W64", "FLAC", "MP3", "OG
 
 HEAD_BYTES = 64
 """Bytes from a file's start that the functions of this module ask for."""
-
-ReadAt = Callable[[int, int], bytes]
-"""Bytes of a file: (position, length) → at most `length` bytes."""
-
-# A length in a header at or above this is written by programs that stream and do not know it.
-_UNKNOWN_BYTES = 0x7FFFF000
-# The width of FLAC's field; an unknown length shows as 2^63 - 1.
-_MOST_FRAMES = 1 << 36
-# The chunk of the samples follows a handful of others; in damaged files, chunks of no length never end.
-_MOST_CHUNKS = 1000
 
 
 class Container(NamedTuple):
@@ -121,44 +113,88 @@ def starts_like_audio(head: bytes) -> bool:
     )
 
 
-def header_lengths(
-    format_name: str, frames: int, size: int, read_at: ReadAt
-) -> tuple[int | None, int | None]:
-    """Frames that a file of `size` bytes has, and frames that its header promises; None for what is not known.
+_POINTERS = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a pointer of Git LFS stands in the place of the audio: run `git lfs pull` in its repository",
+    ),
+    (
+        b"/annex/objects/",
+        "a pointer of git-annex stands in the place of the audio: run `git annex get` in its repository",
+    ),
+)
+_PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head", b"<error")
+HALF_DOWNLOADED = frozenset(
+    {".part", ".crdownload", ".download", ".partial", ".opdownload", ".!ut", ".aria2"}
+)
+"""Suffixes of files that a browser or another program is still downloading."""
 
-    `frames` is the number that libsndfile gives: what is there, what the header says, or a guess.
-    """
-    if frames >= _MOST_FRAMES or (format_name == "MP3" and not _has_mp3_length(read_at)):
-        return None, None
-    if format_name in ("WAV", "WAVEX", "AIFF"):
-        # libsndfile silently shortens these to what is there.
-        declared, present = _sample_chunk(size, read_at)
-        promised = None if declared >= _UNKNOWN_BYTES else round(frames * declared / max(present, 1))
-        return frames, promised
-    return frames, frames if format_name in ("MP3", "FLAC") else None
-
-
-def _sample_chunk(size: int, read_at: ReadAt) -> tuple[int, int]:
-    """Declared and present bytes of the chunk that holds the samples of a WAV (`data`) or AIFF (`SSND`) file."""
-    order = "<" if read_at(0, 4) == b"RIFF" else ">"
-    position = 12
-    for _ in range(_MOST_CHUNKS):
-        header = read_at(position, 8)
-        if len(header) < 8:
-            break
-        name, length = struct.unpack(f"{order}4sI", header)
-        position += 8
-        if name in (b"data", b"SSND"):
-            return length, min(length, size - position)
-        position += length + length % 2
-    return _UNKNOWN_BYTES, 0
+_MOST_ATOMS, _MOST_MOOV = 100, 16 << 20
+_ZERO_BLOCK = 1 << 20
 
 
-def _has_mp3_length(read_at: ReadAt) -> bool:
-    """Whether the first frame of an MP3 file carries the number of frames; if not, libsndfile guesses it."""
-    head = read_at(0, 10)
-    start = 0
-    if head[:3] == b"ID3" and len(head) == 10:
-        start = 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
-    frame = read_at(start, 4096)
-    return any(mark in frame for mark in (b"Xing", b"Info", b"VBRI"))
+def not_audio(head: bytes, size: int, read_at: ReadAt) -> tuple[RejectReason, str] | None:
+    """What people have under a song's name that is none, and what to do; None for what may be audio."""
+    text = read_at(0, 512) if size < 1 << 16 else head
+    for start, message in _POINTERS:
+        if text.startswith(start) or (
+            start.startswith(b"/") and size < 4096 and start in text.split(b"\n")[0]
+        ):
+            return RejectReason.UNSUPPORTED, message
+    stripped = read_at(0, 512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if stripped.startswith(_PAGES):
+        return (
+            RejectReason.UNSUPPORTED,
+            "the file is a web page or an error page, as a failed download leaves it: download the song again",
+        )
+    if stripped[:1] in (b"{", b"[") and _is_json(read_at, size):
+        return (
+            RejectReason.UNSUPPORTED,
+            "the file is JSON, as a failed download leaves it: download the song again",
+        )
+    if not head.strip(b"\0") and _is_zero(read_at, size):
+        return (
+            RejectReason.EMPTY,
+            f"the file is {size:,} zero bytes, as a failed copy or download leaves it: copy it again",
+        )
+    return None
+
+
+def _is_json(read_at: ReadAt, size: int) -> bool:
+    if size > 1 << 16:
+        return False
+    try:
+        json.loads(read_at(0, size).decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_zero(read_at: ReadAt, size: int) -> bool:
+    for position in range(0, size, _ZERO_BLOCK):
+        content = read_at(position, min(_ZERO_BLOCK, size - position))
+        if content.count(0) != len(content):
+            return False
+    return True
+
+
+def is_protected(head: bytes, size: int, read_at: ReadAt) -> bool:
+    """Whether the sound of an MP4 file is encrypted (`drms`, `enca`)."""
+    if head[4:8] != b"ftyp":
+        return False
+    position = 0
+    for _ in range(_MOST_ATOMS):
+        atom = read_at(position, 16)
+        if len(atom) < 8:
+            return False
+        length = int.from_bytes(atom[:4], "big")
+        if length == 1:
+            length = int.from_bytes(atom[8:16], "big")
+        if atom[4:8] == b"moov":
+            content = read_at(position, min(length, size, _MOST_MOOV))
+            stsd = content.find(b"stsd")
+            return stsd >= 0 and content[stsd + 16 : stsd + 20] in (b"drms", b"enca")
+        if length < 8:
+            return False
+        position += length
+    return False

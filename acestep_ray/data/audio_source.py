@@ -50,6 +50,8 @@ class AudioSource:
         self.content = b""
         """Of an object that is held in memory."""
         self._ranges: WatchedFile | None = None
+        self._descriptor: int | None = None
+        self._failure: Exception | None = None
         try:
             if isinstance(self._place, str):
                 self.size = self._check_path(self._place)
@@ -76,10 +78,13 @@ class AudioSource:
 
     def read_at(self, position: int, length: int) -> bytes:
         """At most `length` bytes from `position`; decoders that are reading do not notice."""
+        if not 0 <= position < self.size or length <= 0:
+            return b""
         if isinstance(self._place, str):
             try:
-                with open(self._place, "rb") as file:
-                    return os.pread(file.fileno(), length, position)
+                if self._descriptor is None:
+                    self._descriptor = os.open(self._place, os.O_RDONLY)
+                return os.pread(self._descriptor, length, position)
             except OSError as error:
                 raise self._error(error) from None
         if self._ranges is not None:
@@ -103,14 +108,28 @@ class AudioSource:
             raise self._error(error) from None
         return digest.hexdigest()
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether a look at all bytes costs no requests to storage."""
+        return self._ranges is None
+
+    def note_failure(self, error: Exception) -> None:
+        """Keep for `raise_failure` what storage said to code that a decoder called."""
+        self._failure = self._failure or error
+
     def raise_failure(self) -> None:
         """Raise as AudioError what storage said while a decoder, which cannot pass it on, was reading."""
+        if self._failure is not None:
+            raise self._failure if isinstance(self._failure, AudioError) else self._error(self._failure)
         if self._ranges is not None and self._ranges.failure is not None:
             raise self._error(self._ranges.failure)
 
     def close(self) -> None:
         if self._ranges is not None:
             self._ranges.close()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _check_path(self, path: str) -> int:
         status = os.stat(path)
@@ -134,9 +153,19 @@ class AudioSource:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)) or (
             isinstance(error, OSError) and error.errno == errno.ELOOP
         ):
-            return AudioError(RejectReason.MISSING, f"the audio file does not exist: {self.name}")
+            return AudioError(RejectReason.MISSING, f"{self._why_missing()}: {self.name}")
         text = getattr(error, "strerror", None) or str(error)
         return AudioError(RejectReason.UNREADABLE, f"{text}: {self.name}")
+
+    def _why_missing(self) -> str:
+        target = ""
+        with contextlib.suppress(OSError, ValueError):
+            target = os.readlink(self._place) if isinstance(self._place, str) else ""
+        if "/annex/objects/" in target:
+            return "git-annex has not fetched the audio that this link leads to: run `git annex get`"
+        if target:
+            return f"the audio file does not exist, it is a link to {target}"
+        return "the audio file does not exist"
 
 
 class WatchedFile:

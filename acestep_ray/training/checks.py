@@ -58,6 +58,7 @@ LIMITS = (
         lambda value: value >= 0,
         "0 or more",
     ),
+    (("min_decoded",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
     (("val_songs",), lambda value: value is None or value >= 0, "0 or more"),
     (("epochs",), lambda value: value == -1 or value >= 1, "at least 1, or -1 for no limit"),
     (("plot_seconds",), lambda value: value is None or 0.1 <= value <= 240, "0.1 to 240"),

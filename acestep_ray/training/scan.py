@@ -53,6 +53,8 @@ SCAN_SCHEMA = pa.schema(
         ("stage", pa.string()),
         ("reason", pa.string()),
         ("message", pa.string()),
+        # What disagrees in the song's file; null where nothing does, and in a scan of an older version.
+        ("warning", pa.string()),
     ]
 )
 
@@ -109,6 +111,11 @@ class ScanSummary:
                 ("scanned", f"{self.scanned} in {self.wall_seconds:.0f} s"),
                 ("rejects", "\n".join(rejects)),
                 *(("warning", warning) for warning in self.warnings[:_LISTED]),
+                *(
+                    [("warning", f"… and {len(self.warnings) - _LISTED} more")]
+                    if self.warnings[_LISTED:]
+                    else []
+                ),
             ]
         )
 
@@ -153,9 +160,21 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
         rejects=rejects,
         scanned=scanned,
         wall_seconds=time.monotonic() - started,
-        warnings=[*songs.warnings, *lyric_warnings(songs, tokenizer, {reject.key for reject in rejects})],
+        warnings=[
+            *songs.warnings,
+            *lyric_warnings(songs, tokenizer, {reject.key for reject in rejects}),
+            *_warnings_of(usable),
+        ],
         layouts=songs.layouts,
     )
+
+
+def _warnings_of(usable: pa.Table) -> list[str]:
+    told = usable.filter(pc.is_valid(usable["warning"]))
+    return [
+        f"{key}: {text}"
+        for key, text in zip(told["key"].to_pylist(), told["warning"].to_pylist(), strict=True)
+    ]
 
 
 def read_songs(folder: Store) -> pa.Table:
@@ -219,7 +238,7 @@ def _outcome(
     song: Song, versions: FileVersions, recipe: Recipe, found: DecodedSong | Reject
 ) -> dict[str, Any]:
     if isinstance(found, DecodedSong):
-        what = {"samples": found.wave.shape[1]}
+        what = {"samples": found.wave.shape[1], "warning": found.warning}
     else:
         what = {"samples": None, "stage": found.stage, "reason": found.reason, "message": found.message}
     return {

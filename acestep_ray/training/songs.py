@@ -137,7 +137,12 @@ def scan_for_stream(
         seed=defaults.seed,
         speaker_dim=checkpoint.transformer_config.speaker_embedding_dim,
     )
-    recipe = Recipe(settings, {"lyric_tokenizer": tokenizer.fingerprint}, config.keep_unknown_lyrics)
+    recipe = Recipe(
+        settings,
+        {"lyric_tokenizer": tokenizer.fingerprint},
+        config.min_decoded,
+        config.keep_unknown_lyrics,
+    )
     print(scan(songs, recipe, tokenizer, experiment).render(), flush=True)
     features = FEATURE_GROUPS if config.ssl_coeff > 0 else tuple(g for g in FEATURE_GROUPS if g != "ssl")
     encoding = replace(settings, features=features, precision="16" if use_gpu else "32")
