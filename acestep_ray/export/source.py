@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.export.keys import other_model
 from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import is_module
 from acestep_ray.export.reading import LORA_FILE, PEFT_FILE, LoraFile, find_lora_file, open_lora, some
@@ -15,6 +16,7 @@ from acestep_ray.storage import Store
 from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints, DamagedCheckpointError, best_step
 
+_OTHER_NAMES = "; if this is one, rename its keys as docs/export.md lists them"
 _STEP = re.compile(r"step=(\d+)")
 
 
@@ -72,11 +74,12 @@ def check_is_ace_step(lora: LoraFile) -> None:
     others = [name for name in lora.updates if not is_module(name)]
     if others:
         shape = lora.updates[others[0]].shape
+        model = other_model(others)
         raise InputError(
             f"this LoRA is not one of ACE-Step v1: {len(others)} of its {len(lora.updates)} modules are unknown, "
             f"{some(others)} (the first is {shape[0]} × {shape[1]})",
             where=str(lora.path),
-            fix="give a LoRA of ACE-Step v1; those of version 1.5 have other modules",
+            fix="give a LoRA of ACE-Step v1" + (f"; these are modules of {model}" if model else _OTHER_NAMES),
         )
 
 
