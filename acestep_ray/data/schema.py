@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.storage import Store, is_url
 
 if TYPE_CHECKING:
@@ -232,10 +233,13 @@ def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
         RecursionError,
         pa.ArrowException,
     ) as error:
+        reason, fix = f"{type(error).__name__}: {error}", "write it again with `acestep-ray prepare`"
+        for file in sorted(directory.rglob("*")):
+            if file.suffix in (".arrow", ".json", ".parquet") and (found := seems_to_be(file)):
+                reason, fix = f"{file.relative_to(directory)} is {found.what}", found.fix
+                break
         raise InputError(
-            f"the dataset is damaged and cannot be read ({type(error).__name__}: {error})",
-            where=where,
-            fix="write it again with `acestep-ray prepare`",
+            f"the dataset is damaged and cannot be read ({reason})", where=where, fix=fix
         ) from None
 
 

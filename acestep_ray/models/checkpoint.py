@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.models.codec import MusicCodec
 from acestep_ray.models.fingerprints import noted_sha256
 from acestep_ray.models.ssl import SSLEncoder
@@ -20,7 +21,14 @@ from acestep_ray.models.text_encoder import TextEncoder
 from acestep_ray.models.transformer import ACEStepTransformer, is_unused_parameter
 from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.models.vocoder import VocoderConfig
-from acestep_ray.models.weights import build_on_meta, check_weight_file, load_weights, read_json, weight_files
+from acestep_ray.models.weights import (
+    FIX,
+    build_on_meta,
+    check_weight_file,
+    load_weights,
+    read_json,
+    weight_files,
+)
 from acestep_ray.storage import is_url
 
 TRANSFORMER = "ace_step_transformer"
@@ -187,15 +195,24 @@ def _check_part(root: Path, folder: str, problems: list[str]) -> dict[str, Any] 
     try:
         config = read_json(directory / "config.json")
     except InputError as error:
-        problems.append(f"{folder}/config.json: {error.what}")
+        problems.append(f"{folder}/config.json: {_with_own_fix(error)}")
     try:
         for path in weight_files(directory):
             check_weight_file(path)
     except InputError as error:
-        problems.append(f"{Path(error.where or directory).relative_to(root)}: {error.what}")
-    if folder == TEXT_ENCODER and not (directory / TOKENIZER_FILE).is_file():
-        problems.append(f"{folder}/{TOKENIZER_FILE}: missing file")
+        problems.append(f"{Path(error.where or directory).relative_to(root)}: {_with_own_fix(error)}")
+    if folder == TEXT_ENCODER:
+        tokenizer = directory / TOKENIZER_FILE
+        if not tokenizer.is_file():
+            problems.append(f"{folder}/{TOKENIZER_FILE}: missing file")
+        elif found := seems_to_be(tokenizer):
+            problems.append(f"{folder}/{TOKENIZER_FILE}: it is {found.what}; {found.fix}")
     return config
+
+
+def _with_own_fix(error: InputError) -> str:
+    """The mistake, and what to do about it where that is not to download the part again."""
+    return error.what if error.fix in (None, FIX) else f"{error.what}; {error.fix}"
 
 
 def _parse_configs(
