@@ -42,6 +42,7 @@ from acestep_ray.data.audio import MIN_SECONDS
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
+from acestep_ray.hints import one_of
 from acestep_ray.ray_runtime import cluster_cpus, connect, faults_explained, nodes_with
 from acestep_ray.storage import Store
 from acestep_ray.terminal import Progress, fact_table
@@ -197,7 +198,8 @@ def check_settings(config: PrecomputeConfig) -> tuple[str, ...]:
     unknown = [name for name in wanted if name not in FEATURE_GROUPS]
     if unknown:
         raise InputError(
-            f"--features has {', '.join(map(repr, unknown))}", fix=f"choose from {','.join(FEATURE_GROUPS)}"
+            f"--features has {', '.join(map(repr, unknown))}",
+            fix=f"{one_of(unknown[0], FEATURE_GROUPS)}; several with commas between them",
         )
     return tuple(name for name in FEATURE_GROUPS if name in wanted)
 

@@ -45,6 +45,7 @@ from acestep_ray.evaluation.songs import choose_songs, open_cache
 from acestep_ray.export.card import read_run
 from acestep_ray.generation.models import AUTO, PRECISIONS, is_bfloat16
 from acestep_ray.generation.render import write_mel_picture
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.models.fusing import fuse_where_possible
@@ -168,7 +169,8 @@ def check_evaluate_config(config: EvaluateConfig) -> None:
     if config.infer_steps < 1:
         raise InputError("at least one step is needed", where=f"--infer_steps {config.infer_steps}")
     if config.precision not in (AUTO, *PRECISIONS):
-        raise InputError("unknown precision", where=f"--precision {config.precision}", fix="auto, 32 or bf16")
+        fix = one_of(config.precision, (AUTO, *PRECISIONS))
+        raise InputError("unknown precision", where=f"--precision {config.precision}", fix=fix)
 
 
 def check_encoders(config: EvaluateConfig, checkpoint: CheckpointDir) -> None:

@@ -19,6 +19,7 @@ from acestep_ray.export.formats import DTYPES, universal_bytes
 from acestep_ray.export.low_rank import LayerError, best_of_rank, total_relative_error
 from acestep_ray.export.names import can_have_lora, changes_music
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate, some
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, fetched, output_folder
@@ -72,7 +73,7 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     if config.rank < 1:
         raise InputError("must be at least 1", where=f"--rank {config.rank}")
     if config.dtype not in DTYPES:
-        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=", ".join(DTYPES))
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=one_of(config.dtype, DTYPES))
     check_device_name(config.device)
     check_new(config.output_dir)
     base = CheckpointDir.open(config.checkpoint_dir).path / TRANSFORMER

@@ -19,6 +19,7 @@ from acestep_ray.export.lora import check_lora_fits, merged_weight
 from acestep_ray.export.reading import LoraUpdate
 from acestep_ray.export.source import open_source
 from acestep_ray.export.transformer import WeightInfo, parse_size, write_weights
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import LYRIC_VOCAB, PARTS, TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, is_url, output_folder
@@ -75,7 +76,7 @@ def merge(config: MergeConfig) -> MergeSummary:
     """
     started = time.monotonic()
     if config.dtype not in DTYPES:
-        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=" or ".join(DTYPES))
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=one_of(config.dtype, DTYPES))
     largest_file = parse_size(config.max_shard_size)
     if largest_file is None:
         where = f"--max_shard_size {config.max_shard_size}"

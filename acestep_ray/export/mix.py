@@ -15,6 +15,7 @@ from acestep_ray.export.formats import DTYPES, universal_bytes
 from acestep_ray.export.low_rank import LayerError, reduced, total_relative_error
 from acestep_ray.export.merge import Strength, read_strengths
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate
+from acestep_ray.hints import one_of
 from acestep_ray.storage import Store, check_new, output_folder
 from acestep_ray.terminal import fact_table
 
@@ -52,7 +53,7 @@ def mix(config: MixConfig) -> MixSummary:
     if config.rank is not None and config.rank < 1:
         raise InputError("must be at least 1", where=f"--rank {config.rank}")
     if config.dtype not in DTYPES:
-        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=", ".join(DTYPES))
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=one_of(config.dtype, DTYPES))
     check_new(config.output_dir)
     loras = read_strengths(config.lora_path, config.lora_weight)
     updates = weighted_sum(loras)

@@ -12,6 +12,7 @@ import ray
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.ray_runtime import StopSignal, connect, wait_for_first_node
@@ -130,7 +131,9 @@ def check_tune_config(config: TuneConfig) -> None:
     for name, known in (("scheduler", SCHEDULERS), ("searcher", SEARCHERS)):
         if getattr(config, name) not in known:
             raise InputError(
-                f"unknown {name}", where=f"--{name} {getattr(config, name)}", fix=", ".join(known)
+                f"unknown {name}",
+                where=f"--{name} {getattr(config, name)}",
+                fix=one_of(getattr(config, name), known),
             )
 
 
