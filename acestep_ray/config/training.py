@@ -21,6 +21,8 @@ class TrainConfig:
             "logger_dir",
             "checkpoints_dir",
             "tracking_uri",
+            "tracking_experiment",
+            "restore_experiment",
             "allow_changes",
         ),
         "length and batches": (
@@ -90,6 +92,10 @@ class TrainConfig:
     tracking_uri: str | None = None
     """MLflow server or database; the default is a SQLite file in LOGGER_DIR, which has to be on a disk then. `none`
     turns MLflow off."""
+    tracking_experiment: str = "acestep-ray"
+    """MLflow's experiment, in which the run is shown."""
+    restore_experiment: bool = False
+    """Where MLflow's experiment, or this run in it, was deleted in MLflow's page: bring it back and go on with it."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
@@ -214,7 +220,15 @@ class TuneConfig(TrainConfig):
         ),
         "data": ("dataset_path", "num_workers", "reload_dataloaders_every_n_epochs", "val_songs", "seed"),
         "model and LoRA": ("checkpoint_dir", "lora_config_path", "init_lora_path"),
-        "experiment and tracking": ("exp_name", "exp_dir", "logger_dir", "tracking_uri", "allow_changes"),
+        "experiment and tracking": (
+            "exp_name",
+            "exp_dir",
+            "logger_dir",
+            "tracking_uri",
+            "tracking_experiment",
+            "restore_experiment",
+            "allow_changes",
+        ),
         "batches of a trial": ("epochs", "batch_size", "batch_frames", "accumulate_grad_batches"),
         "optimisation": (
             "learning_rate",
