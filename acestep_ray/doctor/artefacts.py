@@ -16,7 +16,7 @@ from acestep_ray.doctor.finding import Finding, from_error, ok, problem, warning
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.models.checkpoint import ACE_STEP_V1, SSL_FOLDERS, CheckpointDir
 from acestep_ray.models.fingerprints import noted_sha256
-from acestep_ray.tracking.mlflow_address import OFF, mlflow_uri
+from acestep_ray.tracking.mlflow_address import OFF, check_scheme
 from acestep_ray.tracking.mlflow_errors import explain
 from acestep_ray.tracking.mlflow_run import short_requests
 
@@ -144,17 +144,23 @@ def check_tracking(uri: str) -> Finding:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
         return ok("tracking", f"the first run makes {shown}")  # to ask would be to make it
     try:
-        mlflow_uri(uri, "")
+        from mlflow.tracking import MlflowClient
+    except ImportError:
+        return problem("tracking", f"MLflow is not installed ({shown})", "pip install mlflow, or `none`")
+    try:
+        check_scheme(uri)
     except InputError as error:
         return problem("tracking", f"{error.what} ({shown})", error.fix or "correct --tracking_uri")
-    from mlflow.tracking import MlflowClient
-
     try:
         with short_requests(uri, TRACKING_SECONDS):
             MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:  # every kind of store and network has errors of its own
         cause = explain(error, uri)
-        return problem("tracking", f"MLflow at {shown} takes no runs ({cause.what})", cause.fix)
+        return problem(
+            "tracking",
+            f"MLflow at {shown} {'takes no runs' if cause.lasts else 'does not answer'} ({cause.what})",
+            cause.fix,
+        )
     return ok("tracking", f"MLflow answers at {shown}")
 
 

@@ -52,11 +52,11 @@ def mlflow_uri(tracking_uri: str | None, logger_dir: str | Path) -> str | None:
             fix="give --tracking_uri with the address of an MLflow server, or `none`",
         )
     if tracking_uri is not None:
-        _check_scheme(tracking_uri)
+        check_scheme(tracking_uri)
     return tracking_uri or f"sqlite:///{Path(logger_dir).resolve()}/mlflow.db"
 
 
-def _check_scheme(uri: str) -> None:
+def check_scheme(uri: str) -> None:
     """Raise InputError for an address that MLflow would take for a folder, or for nothing."""
     where = f"--tracking_uri {without_password(uri)}"
     scheme, slashes, rest = uri.partition("://")
