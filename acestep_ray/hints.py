@@ -61,14 +61,19 @@ def command_hints(word: str, group: str, commands: Commands) -> list[str]:
     return hints or [f"there {'are' if len(here) > 1 else 'is'} {', '.join(here)}"]
 
 
-def one_of(value: object, choices: Iterable[str]) -> str:
-    """The choices that a setting has, after the one that a mistyped value is most like."""
+def one_of(value: object, choices: Iterable[str], *, elsewhere: Iterable[str] = ()) -> str:
+    """The choices that a setting has, after the one that a mistyped value is most like.
+
+    A value that is a choice `elsewhere` is not mistyped.
+    """
     choices = list(choices)
     text = str(value).strip().lower().replace("_", "-")
     same = [one for one in choices if one.lower().replace("_", "-") == text]
     begun = [one for one in choices if len(text) > 1 and (one.startswith(text) or text.startswith(one))]
     near = next(iter(same + begun), None) or nearest(text, choices)
-    listed = ", ".join(choices)
+    if value in set(elsewhere):
+        near = None
+    listed = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
     return f"did you mean {near}? It is one of {listed}" if near else f"one of {listed}"
 
 

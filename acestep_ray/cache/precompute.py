@@ -106,7 +106,7 @@ class PrecomputeSummary:
                 ("rejects", "\n".join(rejects)),
                 ("SSL", ", ".join(self.ssl_names) or "none: train with --ssl_coeff 0"),
                 *(("warning", warning) for warning in warnings),
-                ("took", f"{self.wall_seconds:.0f} s"),
+                ("took", f"{self.wall_seconds:,.0f} s"),
             ]
         )
 

@@ -24,6 +24,7 @@ from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, fetched, output_folder
 from acestep_ray.terminal import Progress, column_table, fact_table
+from acestep_ray.terminal.numbers import number_text
 
 REPORT = "errors.json"
 """The error of every module, beside the LoRA."""
@@ -49,7 +50,10 @@ class ExtractSummary:
         largest = sorted(self.errors.items(), key=lambda item: -item[1].error)
         modules = column_table(
             ["relative error", "‖change‖", "rank", "module"],
-            [[f"{e.relative:.4f}", f"{e.norm:.4g}", str(e.rank), name] for name, e in largest[:_LISTED]],
+            [
+                [f"{e.relative:.4f}", number_text(e.norm, 4), str(e.rank), name]
+                for name, e in largest[:_LISTED]
+            ],
         )
         rows: list[tuple[str, object]] = []
         if len(largest) > _LISTED:
@@ -57,12 +61,15 @@ class ExtractSummary:
         if self.left_out:
             norm = sum(value**2 for value in self.left_out.values()) ** 0.5
             rows.append(
-                ("left out", f"{len(self.left_out)} changes of norm {norm:.4g} that no LoRA can hold")
+                (
+                    "left out",
+                    f"{len(self.left_out)} changes of norm {number_text(norm, 4)} that no LoRA can hold",
+                )
             )
         rows += [
             ("in all", f"{self.relative_error:.4f} of the change is not in the LoRA"),
             ("LoRA", self.file),
-            ("took", f"{self.seconds:.1f} s"),
+            ("took", f"{self.seconds:,.1f} s"),
         ]
         return f"{modules}\n{fact_table(rows)}"
 

@@ -18,6 +18,7 @@ from acestep_ray.export.reading import LORA_FILE, LoraUpdate
 from acestep_ray.hints import one_of
 from acestep_ray.storage import Store, check_new, output_folder
 from acestep_ray.terminal import fact_table
+from acestep_ray.terminal.numbers import number_text
 
 
 @dataclass
@@ -38,11 +39,11 @@ class MixSummary:
         least, largest = self.ranks
         return fact_table(
             [
-                *(("LoRA", f"{lora.place} at strength {lora.weight:g}") for lora in self.loras),
+                *(("LoRA", f"{lora.place} at strength {number_text(lora.weight, 6)}") for lora in self.loras),
                 ("rank", least if least == largest else f"{least} to {largest}"),
                 ("error", f"{self.relative_error:.4f} of the sum is not in the mixture"),
                 ("file", self.file),
-                ("took", f"{self.seconds:.1f} s"),
+                ("took", f"{self.seconds:,.1f} s"),
             ]
         )
 

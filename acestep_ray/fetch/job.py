@@ -69,7 +69,7 @@ class FetchSummary:
                 ),
                 ("was there", f"{len(self.kept)} files, every sum is right"),
                 *(("revision", f"{name} {revision}") for name, revision in self.revisions.items()),
-                ("took", f"{self.wall_seconds:.0f} s"),
+                ("took", f"{self.wall_seconds:,.0f} s"),
             ]
         )
 

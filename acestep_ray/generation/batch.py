@@ -72,7 +72,7 @@ class BatchSummary:
                 ),
                 ("music", f"{seconds:,.1f} s"),
                 *(("failed", told) for told in failed),
-                ("took", f"{self.wall_seconds:.1f} s"),
+                ("took", f"{self.wall_seconds:,.1f} s"),
             ]
         )
 

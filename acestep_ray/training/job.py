@@ -93,7 +93,7 @@ class TrainSummary:
                     f"already finished at step {self.steps}; raise --max_steps or use another --exp_name",
                 )
             )
-        rows.append(("steps", f"{self.steps} in {self.wall_seconds:.1f} s"))
+        rows.append(("steps", f"{self.steps:,} in {self.wall_seconds:,.1f} s"))
         rows.append(("loss", f"{self.first_loss:.4f} → {self.last_loss:.4f} (first to last step)"))
         for name, losses, of_what in (
             ("fixed", self.fixed_noise, "same songs, same noise, before and after"),

@@ -102,7 +102,7 @@ class ScanSummary:
         return fact_table(
             [
                 ("inputs", f"{self.inputs} = {self.songs} songs + {len(self.rejects)} rejects"),
-                ("scanned", f"{self.scanned} in {self.wall_seconds:.0f} s"),
+                ("scanned", f"{self.scanned} in {self.wall_seconds:,.0f} s"),
                 ("rejects", "\n".join(rejects)),
                 *(("warning", warning) for warning in self.warnings[:_LISTED]),
             ]

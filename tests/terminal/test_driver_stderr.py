@@ -15,9 +15,9 @@ from acestep_ray.terminal.stderr_filter import LineFilter
 
 NOISE = (
     b"[2026-12-01 04:29:39,493 E 3216 3216] core_worker.cc:2465: Actor with class name: "
-    b"'MapWorker(MapBatches(_Encode))' and ID: '5bf26ef1367c97767615002f01000000' has constructor arguments in the object "
-    b"store and max_restarts > 0. If the arguments in the object store go out of scope or are lost, the actor restart "
-    b"will fail. See https://github.com/ray-project/ray/issues/53727 for more details.\n"
+    b"'MapWorker(MapBatches(_Encode))' and ID: '5bf26ef1367c97767615002f01000000' has constructor arguments in the "
+    b"object store and max_restarts > 0. If the arguments in the object store go out of scope or are lost, the actor "
+    b"restart will fail. See https://github.com/ray-project/ray/issues/53727 for more details.\n"
 )
 OTHERS = (
     b"[2026-12-01 04:29:39,493 E 3216 3216] core_worker.cc:99: The node was lost.\n",
