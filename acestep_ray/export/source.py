@@ -12,7 +12,7 @@ from acestep_ray.export.keys import other_model
 from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import is_module
 from acestep_ray.export.reading import LORA_FILE, PEFT_FILE, LoraFile, find_lora_file, open_lora, some
-from acestep_ray.foreign_files import explained
+from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints, DamagedCheckpointError, best_step
@@ -143,8 +143,10 @@ def _files_of_checkpoint(folder: Path) -> dict[str, Path]:
     for name in names:
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != noted[name]["sha256"]:
-            reason, fix = explained(
-                path, "it has another SHA-256", "copy the run again, or take another step"
+            found = seems_to_be(path)
+            raise InputError(
+                "this file is not what training wrote" + (f": it is {found.what}" if found else ""),
+                where=str(path),
+                fix=found.fix if found else "copy the run again, or take another step",
             )
-            raise InputError(f"this file is not what training wrote: {reason}", where=str(path), fix=fix)
     return {(name.rpartition("/")[0] or ADAPTER_NAME): folder / name for name in names}
