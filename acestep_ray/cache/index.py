@@ -231,7 +231,9 @@ def read_manifest(store: Store) -> dict[str, Any]:
         raise InputError(
             f"the feature cache has the format version {version}, this program reads {FORMAT_VERSION}",
             where=where,
-            fix="run `acestep-ray precompute` again with this version of the program",
+            fix="install a newer version of the program (`pip install -U acestep-ray`), which wrote it"
+            if isinstance(version, int) and version > FORMAT_VERSION
+            else "run `acestep-ray precompute` again with this version of the program",
         )
     if not all(is_table_name(manifest.get(name)) for name in ("index", "ledger", "rejects")):
         raise InputError("the cache's manifest names no files of a cache", where=where, fix=_FIX)

@@ -30,6 +30,7 @@ COLUMNS = (*REQUIRED_COLUMNS, "tags", "norm_lyrics", "speaker_emb_path", "recapt
 # An Arrow struct cannot be without fields; a dataset without any recaption gets this one, always null.
 FALLBACK_RECAPTION = "simplified"
 
+_AGAIN = "copy it again, or write it again with what made it, such as `acestep-ray prepare`"
 # Files of `datasets.save_to_disk`: the one of a DatasetDict, and the one of a Dataset.
 _SPLIT_LISTING = "dataset_dict.json"
 _STATE = "state.json"
@@ -222,7 +223,7 @@ def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
         raise InputError(
             f"the dataset is incomplete, a file is missing ({error})",
             where=where,
-            fix="write it again with `acestep-ray prepare`",
+            fix=_AGAIN,
         ) from None
     except (
         OSError,
@@ -233,7 +234,7 @@ def _load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
         RecursionError,
         pa.ArrowException,
     ) as error:
-        reason, fix = f"{type(error).__name__}: {error}", "write it again with `acestep-ray prepare`"
+        reason, fix = f"{type(error).__name__}: {error}", _AGAIN
         for file in sorted(directory.rglob("*")):
             if file.suffix in (".arrow", ".json", ".parquet") and (found := seems_to_be(file)):
                 reason, fix = f"{file.relative_to(directory)} is {found.what}", found.fix

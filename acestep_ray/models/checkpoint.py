@@ -79,6 +79,8 @@ class CheckpointDir:
         )
         if not root.is_dir():
             raise InputError("no such checkpoint directory", where=str(root), fix=fix)
+        if other := _other_place(root):
+            raise other
         present = [name for name, folder in SSL_FOLDERS.items() if (root / folder).is_dir()]
         folders = [TRANSFORMER, AUTOENCODER, VOCODER, TEXT_ENCODER, *(SSL_FOLDERS[name] for name in present)]
         problems: list[str] = []
@@ -183,6 +185,34 @@ def _dtype(precision: str, half: torch.dtype) -> torch.dtype:
     if precision not in ("32", "16"):
         raise InputError(f"unknown precision {precision!r}", fix='"32" or "16"')
     return half if precision == "16" else torch.float32
+
+
+def _other_place(root: Path) -> InputError | None:
+    """The error for a directory with none of the parts that is known to be something else."""
+    if any((root / folder).is_dir() for folder in (TRANSFORMER, AUTOENCODER, VOCODER, TEXT_ENCODER)):
+        return None
+    where = str(root)
+    if root.name in (TRANSFORMER, AUTOENCODER, VOCODER, TEXT_ENCODER) and (root / "config.json").is_file():
+        fix = f"give the directory that holds it: {root.parent}"
+        return InputError("this is one part of a checkpoint directory", where=where, fix=fix)
+    within = [*sorted(root.glob(f"*/{TRANSFORMER}")), *sorted(root.glob(f"snapshots/*/{TRANSFORMER}"))]
+    if within:
+        fix = f"give {within[-1].parent}"
+        return InputError("the checkpoint directory is further inside", where=where, fix=fix)
+    if any(root.glob("acestep-v15*")) or any(root.glob("acestep-5Hz*")) or _model_type(root) == "acestep":
+        return InputError(
+            "this is a checkpoint of ACE-Step 1.5, and this program trains version 1",
+            where=where,
+            fix="give one of ACE-Step v1: `acestep-ray checkpoint fetch DIR` downloads it into a new directory",
+        )
+    return None
+
+
+def _model_type(root: Path) -> object:
+    try:
+        return read_json(root / "config.json").get("model_type")
+    except InputError:
+        return None
 
 
 def _check_part(root: Path, folder: str, problems: list[str]) -> dict[str, Any] | None:

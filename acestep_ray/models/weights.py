@@ -15,7 +15,7 @@ from torch import nn
 from acestep_ray.errors import InputError
 from acestep_ray.foreign_files import explained, seems_to_be
 
-FIX = "download it again with `acestep-ray checkpoint fetch DIR`"
+FIX = "copy it again; what belongs to the released model is downloaded by `acestep-ray checkpoint fetch DIR`"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -184,6 +184,6 @@ def load_weights(
         raise InputError(
             "these weights do not fit the model of config.json: " + "; ".join(shown),
             where=str(directory),
-            fix=FIX,
+            fix="config.json and weights are of different models: copy both from one, of ACE-Step v1",
         )
     module.load_state_dict(loaded, assign=True)
