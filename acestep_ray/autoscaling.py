@@ -16,6 +16,8 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental.internal_kv import _internal_kv_get
 
+from acestep_ray.terminal.numbers import number_text
+
 # A cluster's monitor reports for the first time some seconds after the head has started, later on a busy machine.
 _REPORT_SECONDS = 60.0
 # An autoscaler looks at what is asked for every few seconds.
@@ -102,7 +104,9 @@ def nodes_starting() -> int | None:
 def describe(bundles: Sequence[Mapping[str, float]]) -> str:
     """What is asked for in words, such as `8 × (1 GPU, gpu_node)`; of a resource that marks nodes, its name."""
     shapes = Counter(
-        ", ".join(name if amount < 1 else f"{amount:g} {name}" for name, amount in sorted(bundle.items()))
+        ", ".join(
+            name if amount < 1 else f"{number_text(amount)} {name}" for name, amount in sorted(bundle.items())
+        )
         for bundle in bundles
     )
     return " and ".join(f"{count} × ({shape})" for shape, count in shapes.items())

@@ -24,7 +24,9 @@ from acestep_ray.flags import (
     build_parser,
     check_environment,
     check_settings_files,
+    checkpoint_to_write,
     with_export_action,
+    with_old_variables,
     with_switches_on,
     with_underscores,
 )
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     switches, arguments = Switches.taken_from(arguments)
     parser = build_parser()
     arguments = with_export_action([with_underscores(argument) for argument in arguments])
-    arguments = with_switches_on(arguments)
+    arguments = with_old_variables(with_switches_on(arguments), os.environ)
     try:
         with shown_logs(switches.verbose):
             check_environment(os.environ)
@@ -109,7 +111,7 @@ def run(parsed: Namespace) -> None:
     if parsed.command == "checkpoint":
         target, _ = CHECKPOINT_ACTIONS[settings.action]
         values = settings[settings.action].as_dict()
-        done = load(target)(values.pop("dir"), **values)
+        done = load(target)(checkpoint_to_write(values), **values)
         show_summary(done.render() if settings.action == "fetch" else f"checkpoint written to {done.path}")
     elif parsed.command == "cache":
         target, _ = CACHE_ACTIONS[settings.action]
@@ -118,7 +120,9 @@ def run(parsed: Namespace) -> None:
     elif parsed.command == "info":
         show_summary(load("acestep_ray.export.info:info")(settings.file, as_json=settings.json).render())
     elif parsed.command == "report":
-        show_summary(load("acestep_ray.reporting.job:report")(settings.experiment, settings.output).render())
+        show_summary(
+            load("acestep_ray.reporting.job:report")(settings.experiment, settings.output_path).render()
+        )
     elif parsed.command == "doctor":
         finish(load("acestep_ray.doctor.job:doctor")(**settings.as_dict()))
     elif parsed.command == "export":

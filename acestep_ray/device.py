@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acestep_ray.errors import InputError
+from acestep_ray.hints import one_of
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -16,7 +17,7 @@ DEVICES = ("auto", "cpu", "cuda")
 def check_device_name(name: str) -> None:
     """Raise InputError for a name that is not auto, cpu or cuda."""
     if name not in DEVICES:
-        raise InputError(f"unknown device `{name}`", where="--device", fix=f"one of {', '.join(DEVICES)}")
+        raise InputError(f"unknown device `{name}`", where="--device", fix=one_of(name, DEVICES))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import set_parsing_settings
 
 from acestep_ray import __version__
-from acestep_ray.config.groups import Groups
 from acestep_ray.errors import EXIT_INPUT, InputError
+from acestep_ray.hints import nearest, setting_hints
 from acestep_ray.jobs import (
     CACHE_ACTIONS,
     CACHE_HELP,
@@ -31,14 +30,16 @@ from acestep_ray.jobs import (
     REPORT_HELP,
     Job,
 )
+from acestep_ray.parser import GROUPS, Parser
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.terminal import show_error
-from acestep_ray.terminal.help import help_text, show_help
 
 _SETTINGS_HELP = (
     "Settings also come from a YAML file (--config FILE) and from the environment (%s). A flag goes before the file, "
     "the file before the environment."
 )
+OLD_VARIABLES = {"ACESTEP_REPORT__OUTPUT": ("report", "output_path")}
+"""Variables under the earlier name of a setting: the command and the name now. Old flags are aliases of new ones."""
 _PAGES = {
     "checkpoint": "doctor.md",
     "cache": "precompute.md",
@@ -46,64 +47,6 @@ _PAGES = {
     "report": "report.md",
     "doctor": "doctor.md",
 }
-
-
-class Parser(ArgumentParser):
-    """A parser that takes no shortened flags, and that names the flag which a mistyped one is nearest to.
-
-    Its help has the flags or commands in `sections`, by title, and those that are in none under "arguments".
-    """
-
-    def __init__(
-        self,
-        command: str = "",
-        *,
-        sections: Groups | None = None,
-        required: Sequence[str] = (),
-        **options: Any,
-    ):
-        """`command` is what is typed after the program's name; `required` flags are named so in its help."""
-        self.sections: Groups = sections or {}
-        self.required = frozenset(required)
-        self.command = f"acestep-ray {command}".rstrip()
-        super().__init__(prog=self.command, allow_abbrev=False, **options)
-
-    def format_help(self, *_: Any) -> str:
-        return help_text(self).plain
-
-    def print_help(self, file: TextIO | None = None) -> None:  # type: ignore[override]  # asks whether it is a terminal
-        show_help(self, file if file is not None else sys.stdout)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        for name in re.findall(r"(?:arguments: |option ')-*(\w+)", message):
-            if near := nearest_setting(name, [*JOBS, *EXPORT_ACTIONS]):
-                message += f"\n  → did you mean {near}?"
-        parser: Parser = getattr(ex, "subcommand_parser", None) or self
-        show_error("error", f"{_as_typed(message)}\n  → {parser.command} --help tells what it takes")
-        sys.exit(EXIT_INPUT)
-
-
-_ONE_OF_SEVERAL_TYPES = re.compile(
-    r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*Given value: ", re.DOTALL
-)
-
-
-def _not_of_these_types(told: re.Match[str]) -> str:
-    types = re.sub(r"<class '(\w+)'>", r"\1", told[1]).split(", ")
-    return f"has to be of type {' or '.join(name for name in types if name != 'NoneType')}, and is "
-
-
-def _as_typed(message: str) -> str:
-    """A message of the parser in the words of who types."""
-    message = re.sub(r'Parser key "([\w.]+)":\s*', r"--\1: ", message)
-    message = re.sub(r"Expected an? <class '(\w+)'>\. Got value: ", r"has to be of type \1, and is ", message)
-    message = _ONE_OF_SEVERAL_TYPES.sub(_not_of_these_types, message)
-    message = re.sub(r"argument (command|action): invalid choice: ('.*?') .*", r"there is no \1 \2", message)
-    if message.startswith("the following arguments are required: "):
-        start, _, names = message.partition(": ")
-        flags = (name.strip().rpartition(".")[2] for name in names.split(","))
-        return f"{start}: {', '.join(f'--{name}' for name in flags)}"
-    return message
 
 
 @dataclass(frozen=True)
@@ -122,28 +65,50 @@ class Switches:
         return cls(not given.isdisjoint(verbose), not given.isdisjoint(debug)), rest
 
 
-def nearest_setting(name: str, jobs: Iterable[str]) -> str | None:
-    """The setting of these jobs that a mistyped name is most like."""
-    known = {field.name for job in jobs for field in fields({**JOBS, **EXPORT_ACTIONS}[job].config)}
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
-
-
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Raise InputError for a variable `ACESTEP_JOB__NAME` that names no setting of that job."""
+    """Raise InputError for a variable `ACESTEP_JOB__NAME` that names no setting of that job, or no command."""
     for variable in environment:
         *path, name = variable.removeprefix("ACESTEP_").lower().split("__")
-        job = path[-1] if path[:-1] in ([], ["export"]) and path else None
-        known = EXPORT_ACTIONS if path[:-1] else JOBS
-        if not variable.startswith("ACESTEP_") or job not in known:
+        if not variable.startswith("ACESTEP_") or not path:
             continue
-        if name not in {*(field.name for field in fields(known[job].config)), "config"}:
-            near = nearest_setting(name, [job])
+        words = " ".join(path)
+        job = _job_of(words)
+        if job is None:  # of a command that is no job the parser looks at the names it knows
+            _check_command_of_variable(variable, path, name)
+        elif name not in {*_settings_of(job), "config"}:
+            commands = build_parser().commands()
+            hints = setting_hints(name, words, commands, instead=job.instead, flag="")
             prefix = "__".join(["ACESTEP_" + path[0], *path[1:]]).upper()
+            if hints and (near := re.match(r"did you mean (\w+)\?", hints[0])):
+                hints[0] = f"did you mean {prefix}__{near[1].upper()}?"
             raise InputError(
-                f"`{' '.join(path)}` has no setting {name!r}",
+                f"`{words}` has no setting {name!r}",
                 where=f"${variable}",
-                fix=f"did you mean {prefix}__{near.upper()}?" if near else "unset it",
+                fix="\n  → ".join(hints) or f"unset it; `acestep-ray {words} --help` lists the settings",
             )
+
+
+def _check_command_of_variable(variable: str, path: list[str], name: str) -> None:
+    """Raise InputError where the variable names a command that is none, by a mistyped name."""
+    if path[0] in (*JOBS, *GROUPS, *_PAGES):
+        return
+    if near := nearest(path[0], (*JOBS, *GROUPS, *_PAGES)):
+        raise InputError(
+            f"there is no command {path[0]!r}",
+            where=f"${variable}",
+            fix=f"did you mean ACESTEP_{'__'.join([near, *path[1:], name]).upper()}?",
+        )
+
+
+def _job_of(words: str) -> Job | None:
+    """The job of a command such as `train` or `export merge`."""
+    return (
+        EXPORT_ACTIONS.get(words.removeprefix("export ")) if words.startswith("export ") else JOBS.get(words)
+    )
+
+
+def _settings_of(job: Job) -> list[str]:
+    return [field.name for field in fields(job.config) if field.name not in job.decides]
 
 
 def build_parser() -> Parser:
@@ -175,7 +140,10 @@ def build_parser() -> Parser:
     report = action_parser("report", REPORT_HELP, "EXPERIMENT")
     report.add_argument("experiment", type=str, help="Folder of a run, a search (exps/NAME) or a quickstart.")
     report.add_argument(
-        "--output", type=str | None, help="HTML file to write; EXPERIMENT/report.html by default."
+        "--output_path",
+        "--output",  # its name until 0.1.0
+        type=str | None,
+        help="HTML file to write; EXPERIMENT/report.html by default.",
     )
     commands.add_subcommand("report", report, help=REPORT_HELP)
     commands.add_subcommand("doctor", doctor_parser(), help=DOCTOR_HELP)
@@ -184,7 +152,8 @@ def build_parser() -> Parser:
     actions = checkpoint.add_subcommands(required=True, dest="action")
     for name, (_, description) in CHECKPOINT_ACTIONS.items():
         action = action_parser(f"checkpoint {name}", description, "DIR")
-        action.add_argument("dir", type=str, help="Checkpoint directory to write.")
+        action.add_argument("dir", type=str | None, nargs="?", help="Checkpoint directory to write.")
+        action.add_argument("--output_dir", type=str | None, help="The same, as a flag.")
         if name == "fetch":
             add_fetch_arguments(action)
         actions.add_subcommand(name, action, help=description)
@@ -197,6 +166,7 @@ def build_parser() -> Parser:
         if name == "prune":
             action.add_argument("--dry_run", action="store_true", help="Only list the files.")
         actions.add_subcommand(name, action, help=description)
+    parser.adopt()
     return parser
 
 
@@ -211,6 +181,7 @@ def job_parser(name: str, job: Job) -> Parser:
         epilog=f"{_SETTINGS_HELP % f'{variable}=…'}\nDocs: docs/{job.page}.",
         sections=job.config.GROUPS,
         required=[f.name for f in fields(job.config) if f.default is f.default_factory is MISSING],
+        instead=job.instead,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_class_arguments(job.config, as_group=False, skip=set(job.decides))
@@ -232,6 +203,20 @@ def group_parser(name: str, description: str) -> Parser:
         description=description,
         epilog=f"`acestep-ray {name} ACTION --help` lists the flags of an action.",
     )
+
+
+def checkpoint_to_write(values: dict[str, Any]) -> str:
+    """The directory that `checkpoint tiny` or `fetch` writes, taken out of its settings. Raises InputError for none."""
+    given = [place for place in (values.pop("dir"), values.pop("output_dir")) if place is not None]
+    if len(set(given)) != 1 or not given[0]:
+        raise InputError(
+            "the directory to write is given twice"
+            if len(set(given)) > 1
+            else "no directory to write is given",
+            where="DIR or --output_dir",
+            fix="give one, such as `acestep-ray checkpoint tiny DIR`",
+        )
+    return str(given[0])
 
 
 def add_fetch_arguments(parser: Parser) -> None:
@@ -288,6 +273,19 @@ def check_settings_files(arguments: Sequence[str]) -> None:
             raise InputError(
                 "the settings file holds no settings, `name: value` a line", where=f"--config {path}"
             )
+        words = " ".join(arguments[: 2 if arguments[:1] == ["export"] else 1])
+        job = _job_of(words)
+        unknown = [str(name) for name in settings if job and name not in {*_settings_of(job), "config"}]
+        if job and unknown:
+            _refuse_setting(words, job, unknown[0], path)
+
+
+def _refuse_setting(words: str, job: Job, name: str, path: str) -> NoReturn:
+    """End the command over a settings file with a name that is no setting of its job."""
+    hints = setting_hints(name, words, build_parser().commands(), instead=job.instead, flag="")
+    lines = [f"`{words}` has no setting {name!r}: --config {path}", *hints]
+    show_error("error", "\n  → ".join([*lines, f"acestep-ray {words} --help tells what it takes"]))
+    sys.exit(EXIT_INPUT)
 
 
 def read_settings(path: str) -> str:
@@ -316,6 +314,18 @@ def with_switches_on(arguments: list[str]) -> list[str]:
         f"{argument}=true" if argument in switches and (not value or value.startswith("--")) else argument
         for argument, value in pairwise([*arguments, ""])
     ]
+
+
+def with_old_variables(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
+    """The arguments with what variables under a setting's old name say, unless the new name is given."""
+    for old, (command, name) in OLD_VARIABLES.items():
+        new = f"ACESTEP_{command}__{name}".upper()
+        is_given = any(
+            re.match(rf"--({name}|{old.rpartition('__')[2].lower()})(=|$)", one) for one in arguments
+        )
+        if arguments[:1] == [command] and old in environment and new not in environment and not is_given:
+            arguments = [*arguments, f"--{name}={environment[old]}"]
+    return arguments
 
 
 def with_export_action(arguments: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from acestep_ray.config import (
     EvaluateConfig,
@@ -31,6 +31,8 @@ class Job:
     """Where it is described, below `docs/`."""
     decides: frozenset[str] = frozenset()
     """Settings that the job makes itself, and that are no flags of it."""
+    instead: Mapping[str, str] = field(default_factory=dict)
+    """What the job has in place of some of these."""
 
     @property
     def help(self) -> str:
@@ -61,6 +63,19 @@ JOBS = {
                 "keep_last",
             )
         ),
+        instead={
+            "devices": "--workers_per_trial and --gpus_per_trial",
+            "num_nodes": "--workers_per_trial and --gpus_per_trial",
+            "min_devices": "--workers_per_trial",
+            "every_n_train_steps": "--val_check_interval: every validation is a checkpoint",
+            "every_plot_step": "--val_check_interval; trials make no samples",
+            "plot_seconds": "no samples: `acestep-ray generate` plays the winner",
+            "keep_last": "no such setting: it keeps the last and the best checkpoint of a trial",
+            "checkpoints_dir": "--exp_dir, which holds the checkpoints of the trials",
+            "ckpt_path": "--init_lora_path",
+            "train_parameters": "no such setting: it searches for a LoRA",
+            "cpu_offload": "no such setting: it searches for a LoRA",
+        },
     ),
     "generate": Job(GenerateConfig, "acestep_ray.generation.job:generate", "generate.md"),
     "evaluate": Job(EvaluateConfig, "acestep_ray.evaluation.job:evaluate", "evaluate.md"),

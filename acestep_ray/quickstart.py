@@ -67,7 +67,7 @@ class QuickstartSummary:
                 ("music", f"{song.audio} ({song.seconds:.1f} s), {song.picture.name}")
                 for song in self.generated.songs
             ),
-            ("took", f"{self.wall_seconds:.0f} s"),
+            ("took", f"{self.wall_seconds:,.0f} s"),
             ("next", self.next_command),
         ]
         return f"\nquickstart done\n{fact_table(rows)}"

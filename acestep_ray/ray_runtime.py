@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from acestep_ray.autoscaling import bring_nodes
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.terminal import is_terminal, is_verbose
+from acestep_ray.terminal.driver_stderr import filter_stderr
 
 # Of a custom resource that only marks nodes: a node with one of it has room for thousands.
 _LITTLE = 0.0001
@@ -41,6 +42,8 @@ def connect() -> None:
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,
     }
+    if not verbose:
+        filter_stderr()
     if not is_terminal(sys.stderr) or os.environ.get("NO_COLOR"):
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of what it shows of its workers
     address = os.environ.get("RAY_ADDRESS")

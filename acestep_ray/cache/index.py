@@ -23,6 +23,7 @@ from acestep_ray.cache.schema import (
     table_from_bytes,
 )
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import FIRST_BYTES, seems_to_be, start_of_impostor
 from acestep_ray.storage import Store
 
 _FIX = "run `acestep-ray precompute` again: it computes only what is missing"
@@ -181,15 +182,31 @@ class CacheIndex:
                 where=self.store.url_of(f"{SAMPLES}/{missing[0]}"),
                 fix=_FIX,
             )
+        # A clone without Git LFS has a pointer for every part: the first one shows it, before training starts.
+        if self.store.is_local and self.parts:
+            part = self.store.path / SAMPLES / self.parts[0]
+            if found := seems_to_be(part):
+                raise InputError(f"a part of the cache is {found.what}", where=str(part), fix=found.fix)
 
 
 def read_index_table(store: Store, manifest: dict[str, Any]) -> pa.Table:
     """The index as it is stored, `part` dictionary-encoded. Raises InputError if it is missing or damaged."""
     try:
         content = store.read_bytes(manifest["index"])
+    except OSError as error:
+        raise InputError(f"the cache's index cannot be read ({error})", where=store.url, fix=_FIX) from None
+    try:
         return table_from_bytes(content, INDEX_SCHEMA, "part")
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"the cache's index cannot be read ({error})", where=store.url, fix=_FIX) from None
+        where = store.url_of(manifest["index"])
+        reason, fix = _explained(content, where, error)
+        raise InputError(f"the cache's index cannot be read ({reason})", where=where, fix=fix) from None
+
+
+def _explained(content: bytes, where: str, reason: object) -> tuple[str, str]:
+    """Why a file of the cache cannot be read, and what to do."""
+    found = start_of_impostor(content[:FIRST_BYTES], where)
+    return (f"it is {found.what}", found.fix) if found is not None else (str(reason), _FIX)
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
@@ -208,12 +225,15 @@ def read_manifest(store: Store) -> dict[str, Any]:
         manifest = json.loads(content)
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"the cache's manifest cannot be read ({error!r})", where=where, fix=_FIX) from None
+        reason, fix = _explained(content, where, repr(error))
+        raise InputError(f"the cache's manifest cannot be read ({reason})", where=where, fix=fix) from None
     if version != FORMAT_VERSION:
         raise InputError(
             f"the feature cache has the format version {version}, this program reads {FORMAT_VERSION}",
             where=where,
-            fix="run `acestep-ray precompute` again with this version of the program",
+            fix="install a newer version of the program (`pip install -U acestep-ray`), which wrote it"
+            if isinstance(version, int) and version > FORMAT_VERSION
+            else "run `acestep-ray precompute` again with this version of the program",
         )
     if not all(is_table_name(manifest.get(name)) for name in ("index", "ledger", "rejects")):
         raise InputError("the cache's manifest names no files of a cache", where=where, fix=_FIX)

@@ -30,6 +30,7 @@ from acestep_ray.cache.schema import (
     without_added,
 )
 from acestep_ray.errors import AceStepError
+from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.storage import Store
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ def read_row(
         reason = f"found {row['key'].to_pylist()}"
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
+        if cache.is_local and (found := seems_to_be(cache.path / file)):
+            reason = f"its part is {found.what}; {found.fix}"
     raise damaged(cache, file, key, reason)
 
 

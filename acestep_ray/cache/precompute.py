@@ -44,6 +44,7 @@ from acestep_ray.data.audio import MIN_SECONDS
 from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
+from acestep_ray.hints import one_of
 from acestep_ray.ray_runtime import cluster_cpus, connect, faults_explained, nodes_with
 from acestep_ray.storage import Store
 from acestep_ray.terminal import Progress, fact_table
@@ -110,7 +111,7 @@ class PrecomputeSummary:
                 ("rejects", "\n".join(rejects)),
                 ("SSL", ", ".join(self.ssl_names) or "none: train with --ssl_coeff 0"),
                 *(("warning", warning) for warning in warnings),
-                ("took", f"{self.wall_seconds:.0f} s"),
+                ("took", f"{self.wall_seconds:,.0f} s"),
             ]
         )
 
@@ -218,7 +219,8 @@ def check_settings(config: PrecomputeConfig) -> tuple[str, ...]:
     unknown = [name for name in wanted if name not in FEATURE_GROUPS]
     if unknown:
         raise InputError(
-            f"--features has {', '.join(map(repr, unknown))}", fix=f"choose from {','.join(FEATURE_GROUPS)}"
+            f"--features has {', '.join(map(repr, unknown))}",
+            fix=f"{one_of(unknown[0], FEATURE_GROUPS)}; several with commas between them",
         )
     return tuple(name for name in FEATURE_GROUPS if name in wanted)
 

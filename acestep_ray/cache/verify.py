@@ -59,7 +59,7 @@ class VerifySummary:
         ]
         if self.leftovers:
             rows.append(("leftovers", f"{self.leftovers} files: `acestep-ray cache prune` deletes them"))
-        return fact_table([*rows, ("took", f"{self.wall_seconds:.0f} s")])
+        return fact_table([*rows, ("took", f"{self.wall_seconds:,.0f} s")])
 
 
 def verify_cache(place: str, stream: TextIO | None = None) -> VerifySummary:

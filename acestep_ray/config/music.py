@@ -99,7 +99,13 @@ class EvaluateConfig:
             "training_dir",
         ),
         "clips": ("duration", "infer_steps", "guidance_scale", "omega", "shift", "seed"),
-        "results and tracking": ("output_dir", "logger_dir", "tracking_uri"),
+        "results and tracking": (
+            "output_dir",
+            "logger_dir",
+            "tracking_uri",
+            "tracking_experiment",
+            "restore_experiment",
+        ),
         "precision and speed": ("precision", "device"),
     }
 
@@ -143,6 +149,10 @@ class EvaluateConfig:
     """Folder of MLflow's database, where `tracking_uri` names no other."""
     tracking_uri: str | None = None
     """MLflow server or database; the default is a SQLite file in LOGGER_DIR. `none` turns MLflow off."""
+    tracking_experiment: str = "acestep-ray evaluate"
+    """MLflow's experiment, in which the run is shown."""
+    restore_experiment: bool = False
+    """Where MLflow's experiment, or this run in it, was deleted in MLflow's page: bring it back and go on with it."""
     precision: str = "auto"
     """Precision of the transformer: 32, or bf16 (auto on a GPU)."""
     device: str = "auto"

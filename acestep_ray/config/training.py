@@ -30,6 +30,8 @@ class TrainConfig:
             "logger_dir",
             "checkpoints_dir",
             "tracking_uri",
+            "tracking_experiment",
+            "restore_experiment",
             "allow_changes",
         ),
         "length and batches": (
@@ -101,6 +103,10 @@ class TrainConfig:
     turns MLflow off."""
     min_decoded: float = 0.95
     """On songs without a cache: share of a song's audio that must decode, above 0 and at most 1; less is rejected."""
+    tracking_experiment: str = "acestep-ray"
+    """MLflow's experiment, in which the run is shown."""
+    restore_experiment: bool = False
+    """Where MLflow's experiment, or this run in it, was deleted in MLflow's page: bring it back and go on with it."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
@@ -238,7 +244,15 @@ class TuneConfig(TrainConfig):
             "seed",
         ),
         "model and LoRA": ("checkpoint_dir", "lora_config_path", "init_lora_path"),
-        "experiment and tracking": ("exp_name", "exp_dir", "logger_dir", "tracking_uri", "allow_changes"),
+        "experiment and tracking": (
+            "exp_name",
+            "exp_dir",
+            "logger_dir",
+            "tracking_uri",
+            "tracking_experiment",
+            "restore_experiment",
+            "allow_changes",
+        ),
         "batches of a trial": ("epochs", "batch_size", "batch_frames", "accumulate_grad_batches"),
         "optimisation": (
             "learning_rate",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.storage import Store, is_url
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ CAPTION = "caption"
 # An Arrow struct cannot be without fields; a dataset without any recaption gets this one, always null.
 FALLBACK_RECAPTION = "simplified"
 
+_AGAIN = "copy it again, or write it again with what made it, such as `acestep-ray prepare`"
 # Files of `datasets.save_to_disk`: the one of a DatasetDict, and the one of a Dataset.
 _SPLIT_LISTING = "dataset_dict.json"
 _STATE = "state.json"
@@ -265,7 +267,7 @@ def load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
         raise InputError(
             f"the dataset is incomplete, a file is missing ({error})",
             where=where,
-            fix="write it again with `acestep-ray prepare`",
+            fix=_AGAIN,
         ) from None
     except (
         OSError,
@@ -276,10 +278,13 @@ def load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
         RecursionError,
         pa.ArrowException,
     ) as error:
+        reason, fix = f"{type(error).__name__}: {error}", _AGAIN
+        for file in sorted(directory.rglob("*")):
+            if file.suffix in (".arrow", ".json", ".parquet") and (found := seems_to_be(file)):
+                reason, fix = f"{file.relative_to(directory)} is {found.what}", found.fix
+                break
         raise InputError(
-            f"the dataset is damaged and cannot be read ({type(error).__name__}: {error})",
-            where=where,
-            fix="write it again with `acestep-ray prepare`",
+            f"the dataset is damaged and cannot be read ({reason})", where=where, fix=fix
         ) from None
 
 

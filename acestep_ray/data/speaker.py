@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
 from acestep_ray.storage import StoredFile
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def load_speaker_embedding(file: StoredFile | str | os.PathLike[str], dim: int) 
             raise SpeakerEmbeddingError(f"a speaker embedding is a {', '.join(readers)} file, unlike {path}")
         if status.size > _MAX_BYTES:
             raise SpeakerEmbeddingError(f"{status.size} bytes are no speaker embedding: {path}")
-        tensor = reader(stored.read_bytes())
+        content = stored.read_bytes()
+        if found := start_of_impostor(content[:FIRST_BYTES], path):
+            raise SpeakerEmbeddingError(f"the speaker embedding is {found.what}: {path}")
+        tensor = reader(content)
     except SpeakerEmbeddingError:
         raise
     except Exception as error:

@@ -16,7 +16,9 @@ from acestep_ray.doctor.finding import Finding, from_error, ok, problem, warning
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.models.checkpoint import ACE_STEP_V1, SSL_FOLDERS, CheckpointDir
 from acestep_ray.models.fingerprints import noted_sha256
-from acestep_ray.tracking.mlflow_run import OFF, reason_of, short_requests
+from acestep_ray.tracking.mlflow_address import OFF, check_scheme
+from acestep_ray.tracking.mlflow_errors import explain
+from acestep_ray.tracking.mlflow_run import short_requests
 
 SAMPLED = 5
 """Songs of a dataset or a cache that are looked at, evenly spread over it."""
@@ -146,13 +148,18 @@ def check_tracking(uri: str) -> Finding:
     except ImportError:
         return problem("tracking", f"MLflow is not installed ({shown})", "pip install mlflow, or `none`")
     try:
+        check_scheme(uri)
+    except InputError as error:
+        return problem("tracking", f"{error.what} ({shown})", error.fix or "correct --tracking_uri")
+    try:
         with short_requests(uri, TRACKING_SECONDS):
             MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:  # every kind of store and network has errors of its own
+        cause = explain(error, uri)
         return problem(
             "tracking",
-            f"MLflow at {shown} does not answer ({reason_of(error)})",
-            "start it, correct --tracking_uri, set MLFLOW_TRACKING_USERNAME and _PASSWORD; `none` trains without",
+            f"MLflow at {shown} {'takes no runs' if cause.lasts else 'does not answer'} ({cause.what})",
+            cause.fix,
         )
     return ok("tracking", f"MLflow answers at {shown}")
 

@@ -24,6 +24,7 @@ from acestep_ray.doctor.finding import Finding, ok, problem, warning
 from acestep_ray.doctor.output import check_output, probe_folder, store_for_probe
 from acestep_ray.errors import AceStepError
 from acestep_ray.storage import Store
+from acestep_ray.terminal.numbers import number_text
 
 CONNECT_SECONDS = 3.0
 CLUSTER_SECONDS = 60.0
@@ -88,11 +89,14 @@ def judge_nodes(address: str, nodes: Sequence[Mapping[str, Any]]) -> Iterator[Fi
         totals.update(node["resources"])
     kinds = sorted(name.partition(":")[2] for name in totals if name.startswith("accelerator_type:"))
     gpus = (
-        f", {totals['GPU']:g} GPUs ({', '.join(kinds) or 'of unknown kind'})" if totals["GPU"] else ", no GPU"
+        f", {number_text(totals['GPU'])} GPUs ({', '.join(kinds) or 'of unknown kind'})"
+        if totals["GPU"]
+        else ", no GPU"
     )
     yield ok(
         "cluster",
-        f"{address}: {len(nodes)} nodes, {totals['CPU']:g} CPUs{gpus}, {totals['memory'] / _GIB:.0f} GiB of memory, "
+        f"{address}: {len(nodes)} nodes, {number_text(totals['CPU'], 6)} CPUs{gpus}, "
+        f"{totals['memory'] / _GIB:,.0f} GiB of memory, "
         f"{totals['object_store_memory'] / _GIB:.0f} GiB of object store",
     )
     for node in nodes:

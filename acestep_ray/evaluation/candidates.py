@@ -17,6 +17,7 @@ from acestep_ray.export.fetched import fetched_lora
 from acestep_ray.export.lora import check_lora_fits, merge_loras
 from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.export.source import checkpoint_folder, open_source
+from acestep_ray.foreign_files import explained
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.models.weights import read_weights
@@ -170,7 +171,8 @@ def _check_shapes(files: Iterable[Path], shapes: Mapping[str, Sequence[int]]) ->
             with safe_open(path, framework="pt") as file:
                 found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise InputError(f"this checkpoint is damaged ({error})", where=str(path)) from None
+            reason, fix = explained(path, error, "copy it again, or take another step")
+            raise InputError(f"this checkpoint is damaged ({reason})", where=str(path), fix=fix) from None
         wrong = [name for name, shape in found.items() if shapes.get(name) != shape]
         if wrong:
             raise InputError(

@@ -45,13 +45,14 @@ from acestep_ray.evaluation.songs import check_lyrics, choose_songs, open_cache
 from acestep_ray.export.card import read_run
 from acestep_ray.generation.models import AUTO, PRECISIONS, is_bfloat16
 from acestep_ray.generation.render import write_mel_picture
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.models.fusing import fuse_where_possible
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.reporting.plots import draw_losses
 from acestep_ray.storage import Store, check_new, fetched, updated_folder
-from acestep_ray.tracking import mlflow_uri
+from acestep_ray.tracking import check_mlflow, mlflow_uri
 from acestep_ray.training.experiment import make_folder
 from acestep_ray.training.validation import fixed_noise_losses
 
@@ -83,6 +84,9 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     uri = mlflow_uri(config.tracking_uri, Path(config.logger_dir))
     output = Store.at(config.output_dir)
     settings = asdict(config)
+    experiment = config.tracking_experiment
+    if uri is not None:
+        check_mlflow(uri, experiment, restore=config.restore_experiment)
     with contextlib.ExitStack() as copies:
         config = brought_here(config, copies)
         plan, found = None, {}
@@ -93,7 +97,9 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         if uri is not None:
             make_folder(Path(config.logger_dir), "--logger_dir")
         folder = copies.enter_context(updated_folder(output, last=[SCORES_FILE]))
-        run = copies.enter_context(evaluation_run(uri, output.name, settings))
+        run = copies.enter_context(
+            evaluation_run(uri, experiment, output.name, settings, restore=config.restore_experiment)
+        )
         yardsticks = load_yardsticks(config, checkpoint, device, notes)
         curves: dict[str, Figure] = {}
         if plan is not None:
@@ -110,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         write_page(folder / PAGE_FILE, output.name, scores, yardsticks, curves, notes.lines)
         write_tables(folder, scores, yardsticks, settings, notes.lines)
         if run is not None:
-            log_models(run, output.name, scores, notes)
+            log_models(run, experiment, output.name, scores, notes)
             files = [folder / name for name in (PAGE_FILE, SCORES_FILE, MODELS_TABLE, CLIPS_TABLE)]
             log_report(run, files, notes)
     return EvaluateSummary(
@@ -170,7 +176,8 @@ def check_evaluate_config(config: EvaluateConfig) -> None:
     if config.infer_steps < 1:
         raise InputError("at least one step is needed", where=f"--infer_steps {config.infer_steps}")
     if config.precision not in (AUTO, *PRECISIONS):
-        raise InputError("unknown precision", where=f"--precision {config.precision}", fix="auto, 32 or bf16")
+        fix = one_of(config.precision, (AUTO, *PRECISIONS))
+        raise InputError("unknown precision", where=f"--precision {config.precision}", fix=fix)
 
 
 def check_encoders(config: EvaluateConfig, checkpoint: CheckpointDir) -> None:

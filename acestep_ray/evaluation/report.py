@@ -25,6 +25,7 @@ from acestep_ray.evaluation.scores import (
 from acestep_ray.reporting import Page
 from acestep_ray.storage import Store
 from acestep_ray.terminal import column_table, fact_table
+from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.validation import NOISE_LEVELS
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class EvaluateSummary:
         ]
         if self.tracking_uri is not None:
             made.append(("MLflow", f"mlflow ui --backend-store-uri {self.tracking_uri}"))
-        return f"\n{models}\n\n{fact_table([*made, ('took', f'{self.wall_seconds:.0f} s')])}"
+        return f"\n{models}\n\n{fact_table([*made, ('took', f'{self.wall_seconds:,.0f} s')])}"
 
 
 def overview(
@@ -105,9 +106,10 @@ def _with_interval(row: Mapping[str, Any], name: str) -> float | str | None:
     if stem == name:
         return value
     if value is not None:
-        return f"{value:.4g} ({row[f'{stem}/low']:.4g} to {row[f'{stem}/high']:.4g})"
+        low, high = (number_text(row[f"{stem}/{end}"], 4) for end in ("low", "high"))
+        return f"{number_text(value, 4)} ({low} to {high})"
     distance = row.get(stem)
-    return None if distance is None else f"{distance:.4g}, no FAD∞"
+    return None if distance is None else f"{number_text(distance, 4)}, no FAD∞"
 
 
 def write_tables(
@@ -282,4 +284,4 @@ def draw_distances(scores: Sequence[ModelScore], encoder: str) -> Figure:
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return number_text(value, 4) if isinstance(value, float) else str(value)

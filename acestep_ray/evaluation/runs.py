@@ -11,22 +11,26 @@ from acestep_ray.errors import AceStepError, without_password
 from acestep_ray.evaluation.notes import Notes
 from acestep_ray.evaluation.scores import ModelScore
 from acestep_ray.tracking import MLflowRun, end_mlflow_run, environment_tags, start_mlflow_run
-from acestep_ray.tracking.mlflow_run import reason_of, short_requests
+from acestep_ray.tracking.mlflow_errors import reason_of
+from acestep_ray.tracking.mlflow_run import short_requests
 
-EXPERIMENT = "acestep-ray evaluate"
 _UPLOAD_REQUEST_SECONDS = 60
 
 
 @contextlib.contextmanager
-def evaluation_run(uri: str | None, name: str, params: Mapping[str, Any]) -> Iterator[MLflowRun | None]:
-    """The parent run, FINISHED when the block has ended well; None without an address.
+def evaluation_run(
+    uri: str | None, experiment: str, name: str, params: Mapping[str, Any], *, restore: bool = False
+) -> Iterator[MLflowRun | None]:
+    """The parent run in MLflow's experiment, FINISHED when the block has ended well; None without an address.
 
     Raises InputError where the server does not take it.
     """
     if uri is None:
         yield None
         return
-    run = start_mlflow_run(uri, EXPERIMENT, name, dict(params), None, tags=environment_tags())
+    run = start_mlflow_run(
+        uri, experiment, name, dict(params), None, tags=environment_tags(), restore=restore
+    )
     status = "FAILED"
     try:
         yield run
@@ -38,14 +42,16 @@ def evaluation_run(uri: str | None, name: str, params: Mapping[str, Any]) -> Ite
         end_mlflow_run(run, status)
 
 
-def log_models(run: MLflowRun, name: str, scores: Sequence[ModelScore], notes: Notes) -> None:
+def log_models(
+    run: MLflowRun, experiment: str, name: str, scores: Sequence[ModelScore], notes: Notes
+) -> None:
     """Write each model's figures; a server that does not answer is told and stops nothing."""
     for score in scores:
         params = {"model": score.label, "kind": score.kind, "path": score.path, "strength": score.strength}
         tags = {"mlflow.parentRunId": run.run_id}
         try:
             child = start_mlflow_run(
-                run.tracking_uri, EXPERIMENT, f"{name}/{score.label}", params, None, tags=tags
+                run.tracking_uri, experiment, f"{name}/{score.label}", params, None, tags=tags
             )
         except AceStepError as error:
             notes.warn(f"{score.label} is not in MLflow: {error}")

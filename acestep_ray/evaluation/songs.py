@@ -27,13 +27,13 @@ def open_cache(config: EvaluateConfig, checkpoint: CheckpointDir) -> CacheIndex:
     if config.dataset_path is None:
         raise InputError("no feature cache is given", where="--dataset_path", fix="give one")
     index = CacheIndex.open(config.dataset_path)
-    fix = "run precompute with this checkpoint"
+    fix = "give the checkpoint that the cache was computed with, or run precompute with this one"
     missing = [group for group in ("latents", "text") if group not in index.features]
     if missing:
         raise InputError(
             f"the feature cache holds no {' and no '.join(missing)}",
             where=config.dataset_path,
-            fix="run `acestep-ray precompute` with --features latents,text",
+            fix=f"run `acestep-ray precompute` with --features {','.join((*index.features, *missing))}",
         )
     width = checkpoint.transformer_config.text_embedding_dim
     if index.text_dim != width:

@@ -19,10 +19,12 @@ from acestep_ray.export.formats import DTYPES, universal_bytes
 from acestep_ray.export.low_rank import LayerError, best_of_rank, total_relative_error
 from acestep_ray.export.names import can_have_lora, changes_music
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate, some
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, fetched, output_folder
 from acestep_ray.terminal import Progress, column_table, fact_table
+from acestep_ray.terminal.numbers import number_text
 
 REPORT = "errors.json"
 """The error of every module, beside the LoRA."""
@@ -48,7 +50,10 @@ class ExtractSummary:
         largest = sorted(self.errors.items(), key=lambda item: -item[1].error)
         modules = column_table(
             ["relative error", "‖change‖", "rank", "module"],
-            [[f"{e.relative:.4f}", f"{e.norm:.4g}", str(e.rank), name] for name, e in largest[:_LISTED]],
+            [
+                [f"{e.relative:.4f}", number_text(e.norm, 4), str(e.rank), name]
+                for name, e in largest[:_LISTED]
+            ],
         )
         rows: list[tuple[str, object]] = []
         if len(largest) > _LISTED:
@@ -56,12 +61,15 @@ class ExtractSummary:
         if self.left_out:
             norm = sum(value**2 for value in self.left_out.values()) ** 0.5
             rows.append(
-                ("left out", f"{len(self.left_out)} changes of norm {norm:.4g} that no LoRA can hold")
+                (
+                    "left out",
+                    f"{len(self.left_out)} changes of norm {number_text(norm, 4)} that no LoRA can hold",
+                )
             )
         rows += [
             ("in all", f"{self.relative_error:.4f} of the change is not in the LoRA"),
             ("LoRA", self.file),
-            ("took", f"{self.seconds:.1f} s"),
+            ("took", f"{self.seconds:,.1f} s"),
         ]
         return f"{modules}\n{fact_table(rows)}"
 
@@ -72,7 +80,7 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     if config.rank < 1:
         raise InputError("must be at least 1", where=f"--rank {config.rank}")
     if config.dtype not in DTYPES:
-        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=", ".join(DTYPES))
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=one_of(config.dtype, DTYPES))
     check_device_name(config.device)
     check_new(config.output_dir)
     base = CheckpointDir.open(config.checkpoint_dir).path / TRANSFORMER

@@ -15,6 +15,7 @@ from acestep_ray.export.names import short_name
 from acestep_ray.export.reading import METADATA_KEY, LoraFile
 from acestep_ray.export.source import open_source
 from acestep_ray.storage import is_url
+from acestep_ray.terminal.numbers import number_text
 
 # `transformer_blocks.3.` or `lyric_encoder.encoders.0.`: a row of the table.
 _LAYER = re.compile(r"(?P<layer>(?:transformer_blocks|lyric_encoder\.encoders)\.\d+)\.(?P<part>.+)")
@@ -88,14 +89,15 @@ def norm_table(lora: LoraFile) -> list[str]:
         rows.setdefault(layer, {})[part] = update.norm()
     lines = []
     for part, norm in sorted(rows.pop("", {}).items()):
-        lines.append(f"  {part:<32} {norm:10.4g}")
+        lines.append(f"  {part:<32} {number_text(norm, 4):>10}")
     columns: list[str] = []
     for layer in sorted(rows, key=lambda name: (name.rpartition(".")[0], int(name.rpartition(".")[2]))):
         if list(rows[layer]) != columns:
             columns = list(rows[layer])
             lines.append(f"  {'':<32} " + " ".join(f"{column:>10}" for column in columns))
         lines.append(
-            f"  {layer:<32} " + " ".join(f"{norm:>{max(10, len(n))}.4g}" for n, norm in rows[layer].items())
+            f"  {layer:<32} "
+            + " ".join(f"{number_text(norm, 4):>{max(10, len(n))}}" for n, norm in rows[layer].items())
         )
     return lines
 
@@ -124,7 +126,7 @@ def _described(lora: LoraFile) -> str:
 def _strength(lora: LoraFile) -> str:
     """Alpha and scale, with a warning where programs would not agree on them."""
     alphas = Counter(lora.scales[name] * update.rank for name, update in lora.updates.items())
-    told = ", ".join(f"{alpha:g}" for alpha, _ in alphas.most_common(3))
+    told = ", ".join(number_text(alpha, 6) for alpha, _ in alphas.most_common(3))
     differs = any(abs(scale - 1) > 1e-6 for scale in lora.scales.values())
     if lora.scale_source is None:
         return f"{told}: the file says nothing of its strength, so alpha is taken to be the rank"
@@ -137,7 +139,7 @@ def _strength(lora: LoraFile) -> str:
             else "that read no metadata, such as ComfyUI,"
         )
         text += (
-            f"; programs {reader} play it at another strength, 1 instead of {scales[0][0]:g}: "
+            f"; programs {reader} play it at another strength, 1 instead of {number_text(scales[0][0], 6)}: "
             "`acestep-ray export` makes a file that plays alike everywhere"
         )
     return text

@@ -13,6 +13,7 @@ from acestep_ray.export.formats import DTYPES, FORMATS, format_files
 from acestep_ray.export.hub import check_repository, planned_upload, upload
 from acestep_ray.export.lora import ADAPTER_NAME, check_lora_fits
 from acestep_ray.export.source import Source, open_source
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, fetched, is_url, output_folder
@@ -107,9 +108,11 @@ def export(config: ExportConfig) -> ExportSummary:
 def check_export_config(config: ExportConfig) -> None:
     """Raise InputError for settings that cannot be used."""
     if config.format not in FORMATS:
-        raise InputError("unknown format", where=f"--format {config.format}", fix=", ".join(FORMATS))
+        raise InputError(
+            "unknown format", where=f"--format {config.format}", fix=one_of(config.format, FORMATS)
+        )
     if config.dtype not in DTYPES:
-        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=", ".join(DTYPES))
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=one_of(config.dtype, DTYPES))
     if config.push_to_hub is not None:
         check_repository(config.push_to_hub)
     elif config.dry_run:

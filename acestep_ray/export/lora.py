@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from acestep_ray.errors import InputError
 from acestep_ray.export.formats import universal_bytes
+from acestep_ray.export.keys import other_model
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate, find_lora_file, read_lora
 from acestep_ray.models.transformer import is_unused_parameter
 
@@ -128,11 +129,12 @@ def check_lora_fits(
             problems.append(f"`{name}` is {size} in the model, and {update.shape} in the LoRA")
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems[:_LISTED])
+        other = other_model(name for name in updates if f"{name}.weight" not in shapes)
         more = f"\n  - and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise InputError(
             f"this LoRA was made for another model: {len(problems)} of its {len(updates)} modules do not fit",
             where=f"{path}{listed}{more}",
-            fix=_OTHER_MODEL,
+            fix=f"give a LoRA of ACE-Step v1; these are modules of {other}" if other else _OTHER_MODEL,
         )
 
 

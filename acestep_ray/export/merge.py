@@ -15,14 +15,17 @@ from torch import Tensor
 from acestep_ray.config import MergeConfig
 from acestep_ray.errors import InputError
 from acestep_ray.export.fetched import fetched_lora
+from acestep_ray.export.formats import DTYPES as LORA_DTYPES
 from acestep_ray.export.lora import check_lora_fits, merged_weight
 from acestep_ray.export.reading import LoraUpdate
 from acestep_ray.export.source import open_source
 from acestep_ray.export.transformer import WeightInfo, parse_size, write_weights
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import LYRIC_VOCAB, PARTS, TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.storage import Store, check_new, is_url, output_folder
 from acestep_ray.terminal import Progress, fact_table
+from acestep_ray.terminal.numbers import number_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECORD = "merged.json"
@@ -60,10 +63,10 @@ class MergeSummary:
         size = f"{self.num_bytes / 1e6:,.1f} MB in {self.files} files"
         return fact_table(
             [
-                *(("LoRA", f"{lora.place} at strength {lora.weight:g}") for lora in self.loras),
+                *(("LoRA", f"{lora.place} at strength {number_text(lora.weight, 6)}") for lora in self.loras),
                 ("changed", f"{self.changed} weights"),
                 ("checkpoint", f"{self.directory} (transformer: {size})"),
-                ("took", f"{self.seconds:.1f} s"),
+                ("took", f"{self.seconds:,.1f} s"),
             ]
         )
 
@@ -75,7 +78,8 @@ def merge(config: MergeConfig) -> MergeSummary:
     """
     started = time.monotonic()
     if config.dtype not in DTYPES:
-        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=" or ".join(DTYPES))
+        fix = one_of(config.dtype, DTYPES, elsewhere=LORA_DTYPES)
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=fix)
     largest_file = parse_size(config.max_shard_size)
     if largest_file is None:
         where = f"--max_shard_size {config.max_shard_size}"

@@ -15,8 +15,10 @@ from acestep_ray.export.formats import DTYPES, universal_bytes
 from acestep_ray.export.low_rank import LayerError, reduced, total_relative_error
 from acestep_ray.export.merge import Strength, read_strengths
 from acestep_ray.export.reading import LORA_FILE, LoraUpdate
+from acestep_ray.hints import one_of
 from acestep_ray.storage import Store, check_new, output_folder
 from acestep_ray.terminal import fact_table
+from acestep_ray.terminal.numbers import number_text
 
 
 @dataclass
@@ -37,11 +39,11 @@ class MixSummary:
         least, largest = self.ranks
         return fact_table(
             [
-                *(("LoRA", f"{lora.place} at strength {lora.weight:g}") for lora in self.loras),
+                *(("LoRA", f"{lora.place} at strength {number_text(lora.weight, 6)}") for lora in self.loras),
                 ("rank", least if least == largest else f"{least} to {largest}"),
                 ("error", f"{self.relative_error:.4f} of the sum is not in the mixture"),
                 ("file", self.file),
-                ("took", f"{self.seconds:.1f} s"),
+                ("took", f"{self.seconds:,.1f} s"),
             ]
         )
 
@@ -52,7 +54,7 @@ def mix(config: MixConfig) -> MixSummary:
     if config.rank is not None and config.rank < 1:
         raise InputError("must be at least 1", where=f"--rank {config.rank}")
     if config.dtype not in DTYPES:
-        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=", ".join(DTYPES))
+        raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=one_of(config.dtype, DTYPES))
     check_new(config.output_dir)
     loras = read_strengths(config.lora_path, config.lora_weight)
     updates = weighted_sum(loras)

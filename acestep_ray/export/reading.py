@@ -1,16 +1,14 @@
 """Reading a LoRA, in whichever form a program has written it, into what it makes of each module's weight.
 
-Known are the keys of this program and of the original (bare module names), of PEFT, diffusers' pipelines, ComfyUI,
-kohya's trainers (`lora_unet_…`, underscores for dots) and LyCORIS' plain LoRAs. A file that is none of these is refused
-before anything is done with it; pickles are never opened.
+`keys.py` knows the spellings of other programs. A file that is none of theirs is refused before anything is done with
+it; pickles are never opened.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,40 +19,44 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from acestep_ray.errors import InputError
-from acestep_ray.export.names import unflattened
+from acestep_ray.export.keys import module_name, parse_key
+from acestep_ray.export.names import is_module
+from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 
-_KEY = re.compile(
-    r"(?P<prefix>base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_|lycoris_)?(?P<module>.+)"
-    r"\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora_magnitude_vector|alpha)(?:\.weight)?"
-)
-_FLATTENED = ("lora_unet_", "lycoris_")
-_PARTS = {"lora_down": "lora_A", "lora_up": "lora_B"}
 # PEFT's ways to begin that take a part out of the base model's weights: such matrices fit no released model.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 # PyTorch's zip archive, and pickle's own first byte.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
-_GIT_LFS_START = b"version https://git-lfs"
 _DOWNLOAD_AGAIN = "copy or download it again"
 
 # Parts of keys that no LoRA has, and what they say of a file.
+_MERGE = "only LoRA and DoRA are read: merge it with the program that made it"
 _OTHER_KINDS = (
-    ("lokr_", "this is a LoKr; only LoRA and DoRA are read: merge it with the program that made it"),
-    ("hada_", "this is a LoHa; only LoRA and DoRA are read: merge it with the program that made it"),
-    ("dora_scale", "this is a DoRA in kohya's form; merge it with the program that made it"),
+    ("lokr_", f"this is a LoKr; {_MERGE}"),
+    ("hada_", f"this is a LoHa; {_MERGE}"),
+    ("oft_", f"this is an OFT; {_MERGE}"),
+    ("ia3_", f"this is an (IA)³; {_MERGE}"),
+    ("vera_lambda", f"this is a VeRA; {_MERGE}"),
+    (".glora", f"this is a GLoRA; {_MERGE}"),
+    (".lora_mid.", f"this is a LoRA with a third matrix (Tucker); {_MERGE}"),
+    (".diff", f"this holds whole differences of weights (`.diff`), not a LoRA; {_MERGE}"),
     ("lora_B.bias", "a LoRA with biases changes more than a LoRA file can hold for other programs"),
+    ("lora_bias", "a LoRA with biases changes more than a LoRA file can hold for other programs"),
     (
         ".lora_A.",
         f"these are a model's own parameters, without their scale: give the checkpoint's {LORA_FILE}",
     ),
 )
-_NO_LORA = "give a LoRA of ACE-Step v1; what LoRA files hold is told in docs/export.md"
+_KIND_MARKS = tuple(part for part, _ in _OTHER_KINDS)
+_NO_LORA = "give a LoRA of ACE-Step v1; docs/export.md lists the keys that are read"
+_LORA_MARKS = ("lora", "alpha", "dora", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -176,23 +178,16 @@ def open_lora(path: Path) -> LoraFile:
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
+        parsed = parse_key(key)
+        if parsed is None:
             unknown.append(key)
             continue
-        name = unflattened(match["module"]) if match["prefix"] in _FLATTENED else match["module"]
-        part = _PARTS.get(match["part"], match["part"])
+        name, part = parsed
         if part in modules.setdefault(name, {}):
             raise InputError(f"`{name}` has {part} twice in the LoRA", where=str(path))
         modules[name][part] = tensor.to(torch.float32)
     if unknown or not modules:
-        fixes = [fix for part, fix in _OTHER_KINDS if any(part in key for key in unknown)]
-        raise InputError(
-            "not a LoRA file with `lora_A` and `lora_B` weights: it "
-            + (f"has {some(unknown)} among its {len(tensors)} keys" if unknown else "holds no tensors"),
-            where=str(path),
-            fix=(fixes or [_NO_LORA])[0],
-        )
+        raise _not_a_lora(path, tensors, unknown)
     modules = dict(sorted(modules.items()))
     _check_parts(modules, config, path)
     scales = {name: _scale(name, parts, config, path) for name, parts in modules.items()}
@@ -211,6 +206,27 @@ def open_lora(path: Path) -> LoraFile:
     )
 
 
+def _not_a_lora(path: Path, keys: Collection[str], unknown: Sequence[str]) -> InputError:
+    """The error for a file with keys that are no LoRA's: another kind of adapter, a whole model, or neither."""
+    if unknown and not any(mark in key.lower() for key in keys for mark in (*_LORA_MARKS, *_KIND_MARKS)):
+        of_v1 = any(is_module(module_name(key.rpartition(".")[0])) for key in keys)
+        return InputError(
+            f"this is a model's weights, not a LoRA: its {len(keys)} keys are {some(unknown)}",
+            where=str(path),
+            fix="`acestep-ray export extract --finetuned_path FOLDER` makes a LoRA of a fine-tuned model, and "
+            "`acestep-ray generate --transformer_path FOLDER` plays it"
+            if of_v1
+            else _NO_LORA,
+        )
+    fixes = [fix for part, fix in _OTHER_KINDS if any(part in key for key in unknown)]
+    return InputError(
+        "not a LoRA file with `lora_A` and `lora_B` weights: it "
+        + (f"has {some(unknown)} among its {len(keys)} keys" if unknown else "holds no tensors"),
+        where=str(path),
+        fix=(fixes or [_NO_LORA])[0],
+    )
+
+
 def some(names: Iterable[str]) -> str:
     """The first two names and how many more there are."""
     names = list(names)
@@ -222,7 +238,7 @@ def _check_is_safetensors(path: Path) -> None:
     """Raise InputError for a file that is not in the format, with what it seems to be; reads its first bytes."""
     try:
         with open(path, "rb") as file:
-            start = file.read(32)
+            start = file.read(FIRST_BYTES)
     except OSError as error:
         raise InputError(f"cannot read the LoRA ({error.strerror or error})", where=str(path)) from None
     if not start:
@@ -232,12 +248,8 @@ def _check_is_safetensors(path: Path) -> None:
         return
     if path.suffix in _PICKLE_SUFFIXES or start.startswith(_PICKLE_STARTS):
         raise _pickle_error(path)
-    if start.startswith(_GIT_LFS_START):
-        raise InputError(
-            "this is Git LFS's note of a file, not the file",
-            where=str(path),
-            fix="fetch it with `git lfs pull`",
-        )
+    if found := start_of_impostor(start, path):
+        raise InputError(f"this is {found.what}", where=str(path), fix=found.fix)
     if len(start) > 8:
         raise InputError("not a safetensors file", where=str(path), fix=_NO_LORA)
 
@@ -283,6 +295,11 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
     if not isinstance(config, dict):
         raise InputError("the LoRA's metadata is not a JSON object", where=str(path))
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    kind = str(config.get("peft_type") or "LORA").rpartition(".")[2]
+    if kind.upper() != "LORA":
+        raise InputError(f"the adapter is of PEFT's type {kind}, not a LoRA", where=str(path), fix=_MERGE)
+    if isinstance(alphas := config.get("alpha_pattern"), dict):
+        config["alpha_pattern"] = {module_name(name): alpha for name, alpha in alphas.items()}
     begun = config.get("init_lora_weights")
     if str(begun).startswith(_CHANGES_BASE):
         raise InputError(
@@ -306,7 +323,14 @@ def _check_parts(modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[st
                 f"A is {tuple(a.shape)}, B is {tuple(b.shape)}",
                 where=str(path),
             )
-        if "lora_magnitude_vector" not in parts and config.get("use_dora"):
+        if "dora_scale" in parts and parts["dora_scale"].shape[0] != parts["dora_scale"].numel():
+            raise InputError(
+                f"`{name}.dora_scale` is {tuple(parts['dora_scale'].shape)}, not a length for each row: "
+                "this is a DoRA in kohya's form over columns",
+                where=str(path),
+                fix=_MERGE,
+            )
+        if not {"lora_magnitude_vector", "dora_scale"} & parts.keys() and config.get("use_dora"):
             raise InputError(f"`{name}` has no `lora_magnitude_vector`, and this is a DoRA", where=str(path))
         if "alpha" in parts and parts["alpha"].numel() != 1:
             raise InputError(f"`{name}.alpha` is not one number in the LoRA", where=str(path))
@@ -320,7 +344,7 @@ def _check_parts(modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[st
 
 
 def _update(parts: Mapping[str, Tensor], scale: float) -> LoraUpdate:
-    magnitude = parts.get("lora_magnitude_vector")
+    magnitude = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
     a, b = (parts[key].flatten(1) for key in ("lora_A", "lora_B"))
     return LoraUpdate(a, b * scale, None if magnitude is None else magnitude.flatten())
 

@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.export.keys import other_model
 from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import is_module
 from acestep_ray.export.reading import LORA_FILE, PEFT_FILE, LoraFile, find_lora_file, open_lora, some
+from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints, DamagedCheckpointError, best_step
 
+_OTHER_NAMES = "; if this is one, rename its keys as docs/export.md lists them"
 _STEP = re.compile(r"step=(\d+)")
 
 
@@ -72,11 +75,12 @@ def check_is_ace_step(lora: LoraFile) -> None:
     others = [name for name in lora.updates if not is_module(name)]
     if others:
         shape = lora.updates[others[0]].shape
+        model = other_model(others)
         raise InputError(
             f"this LoRA is not one of ACE-Step v1: {len(others)} of its {len(lora.updates)} modules are unknown, "
             f"{some(others)} (the first is {shape[0]} × {shape[1]})",
             where=str(lora.path),
-            fix="give a LoRA of ACE-Step v1; those of version 1.5 have other modules",
+            fix="give a LoRA of ACE-Step v1" + (f"; these are modules of {model}" if model else _OTHER_NAMES),
         )
 
 
@@ -139,5 +143,10 @@ def _files_of_checkpoint(folder: Path) -> dict[str, Path]:
     for name in names:
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != noted[name]["sha256"]:
-            raise InputError("this file is not what training wrote", where=str(path), fix="take another step")
+            found = seems_to_be(path)
+            raise InputError(
+                "this file is not what training wrote" + (f": it is {found.what}" if found else ""),
+                where=str(path),
+                fix=found.fix if found else "copy the run again, or take another step",
+            )
     return {(name.rpartition("/")[0] or ADAPTER_NAME): folder / name for name in names}

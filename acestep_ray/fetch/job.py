@@ -22,6 +22,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.fetch.download import PART_SUFFIX, Content, Downloader, Patience, shown
 from acestep_ray.fetch.pins import PinnedModel, file_url, newest, read_pins, with_sha256, write_pins
 from acestep_ray.fetch.progress import Progress
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import (
     ACE_STEP_V1,
     LYRIC_VOCAB,
@@ -68,7 +69,7 @@ class FetchSummary:
                 ),
                 ("was there", f"{len(self.kept)} files, every sum is right"),
                 *(("revision", f"{name} {revision}") for name, revision in self.revisions.items()),
-                ("took", f"{self.wall_seconds:.0f} s"),
+                ("took", f"{self.wall_seconds:,.0f} s"),
             ]
         )
 
@@ -156,7 +157,7 @@ def _chosen_parts(only: str | None) -> tuple[str, ...]:
         raise InputError(
             f"no such part: {', '.join(map(repr, unknown))}",
             where=f"--only {only}",
-            fix=f"some of {', '.join(PART_NAMES)}, with commas between them",
+            fix=f"{one_of(unknown[0], PART_NAMES)}; several with commas between them",
         )
     return parts
 

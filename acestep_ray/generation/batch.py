@@ -20,6 +20,7 @@ from acestep_ray.generation.models import choose_models, is_bfloat16
 from acestep_ray.generation.records import Recipe, find_made
 from acestep_ray.generation.requests import check_lyrics, songs_of_file
 from acestep_ray.generation.song import Song, together
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.ray_runtime import connect, faults_explained
 from acestep_ray.storage import StorageError, Store
@@ -72,7 +73,7 @@ class BatchSummary:
                 ),
                 ("music", f"{seconds:,.1f} s"),
                 *(("failed", told) for told in failed),
-                ("took", f"{self.wall_seconds:.1f} s"),
+                ("took", f"{self.wall_seconds:,.1f} s"),
             ]
         )
 
@@ -130,7 +131,9 @@ def check_batch(config: GenerateConfig) -> tuple[Path, str]:
     if config.batch_path is None or config.output_dir is None:
         raise InputError("no folder for the songs of --batch_path", where="--output_dir", fix="give one")
     if config.format is not None and config.format not in SUBTYPES:
-        raise InputError("unknown format", where=f"--format {config.format}", fix=", ".join(SUBTYPES))
+        raise InputError(
+            "unknown format", where=f"--format {config.format}", fix=one_of(config.format, SUBTYPES)
+        )
     if config.workers is not None and config.workers < 1:
         raise InputError("must be at least 1", where=f"--workers {config.workers}")
     return Path(config.batch_path), config.output_dir

@@ -53,7 +53,7 @@ class GenerateSummary:
         rows: list[tuple[str, object]] = []
         for song in self.songs:
             rows += [("audio", f"{song.audio} ({song.seconds:.1f} s)"), ("picture", song.picture)]
-        return fact_table([*rows, ("took", f"{self.wall_seconds:.1f} s")])
+        return fact_table([*rows, ("took", f"{self.wall_seconds:,.1f} s")])
 
 
 def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:

@@ -23,6 +23,7 @@ from acestep_ray.export.reading import LoraUpdate
 from acestep_ray.generation.audio import Sound
 from acestep_ray.generation.render import decode, decoding_bytes, free_bytes, starting_noise
 from acestep_ray.generation.song import Song
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.codec import MusicCodec
 from acestep_ray.models.fusing import fuse_where_possible
@@ -53,7 +54,8 @@ def choose_models(config: GenerateConfig, checkpoint: CheckpointDir) -> ModelCho
     """The models that the flags name. Raises InputError for what cannot be loaded together."""
     check_device_name(config.device)
     if config.precision not in (AUTO, *PRECISIONS):
-        raise InputError("unknown precision", where=f"--precision {config.precision}", fix="auto, 32 or bf16")
+        fix = one_of(config.precision, (AUTO, *PRECISIONS))
+        raise InputError("unknown precision", where=f"--precision {config.precision}", fix=fix)
     if config.lora_path is None and config.lora_weight is not None:
         raise InputError(
             "there is no LoRA", where=f"--lora_weight {config.lora_weight}", fix="give --lora_path"

@@ -24,6 +24,7 @@ from acestep_ray.data.text_files import decode_text, text_or_file
 from acestep_ray.data.texts import is_unicode
 from acestep_ray.diffusion.solvers import SCHEDULERS
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.generation.song import Song
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 
@@ -93,6 +94,8 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
         raise InputError(
             f"cannot read the songs ({error})", where=where, fix="give a file with one JSON object a line"
         ) from None
+    if lines != [""] and (impostor := seems_to_be(path)):
+        raise InputError(f"the file of the songs is {impostor.what}", where=where, fix=impostor.fix)
     flags = _SettingsReader(Path(), speaker_dim)
     defaults = flags.read_flags(config)
     reader = _SettingsReader(path.parent, speaker_dim)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.models.codec import MusicCodec
 from acestep_ray.models.fingerprints import noted_sha256
 from acestep_ray.models.ssl import SSLEncoder
@@ -20,7 +21,14 @@ from acestep_ray.models.text_encoder import TextEncoder
 from acestep_ray.models.transformer import ACEStepTransformer, is_unused_parameter
 from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.models.vocoder import VocoderConfig
-from acestep_ray.models.weights import build_on_meta, check_weight_file, load_weights, read_json, weight_files
+from acestep_ray.models.weights import (
+    FIX,
+    build_on_meta,
+    check_weight_file,
+    load_weights,
+    read_json,
+    weight_files,
+)
 from acestep_ray.storage import is_url
 
 TRANSFORMER = "ace_step_transformer"
@@ -71,6 +79,8 @@ class CheckpointDir:
         )
         if not root.is_dir():
             raise InputError("no such checkpoint directory", where=str(root), fix=fix)
+        if other := _other_place(root):
+            raise other
         present = [name for name, folder in SSL_FOLDERS.items() if (root / folder).is_dir()]
         folders = [TRANSFORMER, AUTOENCODER, VOCODER, TEXT_ENCODER, *(SSL_FOLDERS[name] for name in present)]
         problems: list[str] = []
@@ -177,6 +187,34 @@ def _dtype(precision: str, half: torch.dtype) -> torch.dtype:
     return half if precision == "16" else torch.float32
 
 
+def _other_place(root: Path) -> InputError | None:
+    """The error for a directory with none of the parts that is known to be something else."""
+    if any((root / folder).is_dir() for folder in (TRANSFORMER, AUTOENCODER, VOCODER, TEXT_ENCODER)):
+        return None
+    where = str(root)
+    if root.name in (TRANSFORMER, AUTOENCODER, VOCODER, TEXT_ENCODER) and (root / "config.json").is_file():
+        fix = f"give the directory that holds it: {root.parent}"
+        return InputError("this is one part of a checkpoint directory", where=where, fix=fix)
+    within = [*sorted(root.glob(f"*/{TRANSFORMER}")), *sorted(root.glob(f"snapshots/*/{TRANSFORMER}"))]
+    if within:
+        fix = f"give {within[-1].parent}"
+        return InputError("the checkpoint directory is further inside", where=where, fix=fix)
+    if any(root.glob("acestep-v15*")) or any(root.glob("acestep-5Hz*")) or _model_type(root) == "acestep":
+        return InputError(
+            "this is a checkpoint of ACE-Step 1.5, and this program trains version 1",
+            where=where,
+            fix="give one of ACE-Step v1: `acestep-ray checkpoint fetch DIR` downloads it into a new directory",
+        )
+    return None
+
+
+def _model_type(root: Path) -> object:
+    try:
+        return read_json(root / "config.json").get("model_type")
+    except InputError:
+        return None
+
+
 def _check_part(root: Path, folder: str, problems: list[str]) -> dict[str, Any] | None:
     """The part's config.json; what is wrong with the part is added to `problems`."""
     directory = root / folder
@@ -187,15 +225,24 @@ def _check_part(root: Path, folder: str, problems: list[str]) -> dict[str, Any] 
     try:
         config = read_json(directory / "config.json")
     except InputError as error:
-        problems.append(f"{folder}/config.json: {error.what}")
+        problems.append(f"{folder}/config.json: {_with_own_fix(error)}")
     try:
         for path in weight_files(directory):
             check_weight_file(path)
     except InputError as error:
-        problems.append(f"{Path(error.where or directory).relative_to(root)}: {error.what}")
-    if folder == TEXT_ENCODER and not (directory / TOKENIZER_FILE).is_file():
-        problems.append(f"{folder}/{TOKENIZER_FILE}: missing file")
+        problems.append(f"{Path(error.where or directory).relative_to(root)}: {_with_own_fix(error)}")
+    if folder == TEXT_ENCODER:
+        tokenizer = directory / TOKENIZER_FILE
+        if not tokenizer.is_file():
+            problems.append(f"{folder}/{TOKENIZER_FILE}: missing file")
+        elif found := seems_to_be(tokenizer):
+            problems.append(f"{folder}/{TOKENIZER_FILE}: it is {found.what}; {found.fix}")
     return config
+
+
+def _with_own_fix(error: InputError) -> str:
+    """The mistake, and what to do about it where that is not to download the part again."""
+    return error.what if error.fix in (None, FIX) else f"{error.what}; {error.fix}"
 
 
 def _parse_configs(

@@ -11,6 +11,7 @@ from torch import nn
 
 from acestep_ray.device import small_tensor
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import explained
 from acestep_ray.models.weights import FIX, build_on_meta, load_weights, read_json
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def _load_tokenizer(path: Path, pad_id: int) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises plain Exception
-        raise InputError(f"cannot read this tokenizer ({error})", where=str(path), fix=FIX) from error
+        reason, fix = explained(path, error, FIX)
+        raise InputError(f"cannot read this tokenizer ({reason})", where=str(path), fix=fix) from error
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id))
     return tokenizer

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import explained, seems_to_be
 
-FIX = "download it again with `acestep-ray checkpoint fetch DIR`"
+FIX = "copy it again; what belongs to the released model is downloaded by `acestep-ray checkpoint fetch DIR`"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,7 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError("missing file", where=str(path), fix=FIX) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"cannot read this JSON file ({error})", where=str(path), fix=FIX) from error
+        reason, fix = explained(path, error, FIX)
+        raise InputError(f"cannot read this JSON file ({reason})", where=str(path), fix=fix) from error
     if not isinstance(content, dict):
         raise InputError("this JSON file holds no object", where=str(path), fix=FIX)
     return content
@@ -78,14 +80,22 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_weight_file(path: Path) -> None:
-    """Raises `InputError` if the header of a safetensors file is broken or the file is cut short; reads no weights."""
+    """Raises `InputError` if the header of a safetensors file is broken or the file is cut short; reads no weights.
+
+    Of a `.bin` file it only looks whether it is a file of weights at all.
+    """
     if path.suffix != ".safetensors":
+        if found := seems_to_be(path):
+            raise InputError(
+                f"cannot read these weights (it is {found.what})", where=str(path), fix=found.fix
+            )
         return
     try:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read these weights ({error})", where=str(path), fix=FIX) from error
+        reason, fix = explained(path, error, FIX)
+        raise InputError(f"cannot read these weights ({reason})", where=str(path), fix=fix) from error
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
@@ -94,6 +104,7 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
     Raises `InputError` where a file is broken.
     """
     for path in weight_files(directory):
+        check_weight_file(path)
         if path.suffix == ".bin":
             try:
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -110,7 +121,6 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
             for name, tensor in tensors.items():
                 yield name, tensor, path
             continue
-        check_weight_file(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no dict
                 yield name, file.get_tensor(name), path
@@ -174,6 +184,6 @@ def load_weights(
         raise InputError(
             "these weights do not fit the model of config.json: " + "; ".join(shown),
             where=str(directory),
-            fix=FIX,
+            fix="config.json and weights are of different models: copy both from one, of ACE-Step v1",
         )
     module.load_state_dict(loaded, assign=True)

@@ -15,7 +15,8 @@ from acestep_ray.errors import InputError, without_password
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store, is_url
 from acestep_ray.storage.folders import download_files
-from acestep_ray.tracking.mlflow_run import MLflowRun, reason_of, short_requests
+from acestep_ray.tracking.mlflow_errors import reason_of
+from acestep_ray.tracking.mlflow_run import MLflowRun, short_requests
 from acestep_ray.training.experiment import MLFLOW_FILE
 
 Curve = Mapping[int, float]

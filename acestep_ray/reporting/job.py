@@ -37,10 +37,11 @@ class ReportSummary:
         return fact_table([page, *(("note", note) for note in self.notes)])
 
 
-def report(experiment: str, output: str | None = None) -> ReportSummary:
+def report(experiment: str, output_path: str | None = None, *, output: str | None = None) -> ReportSummary:
     """Write the page of a run, finished or not, of a search, or of what `quickstart` made; paths may be URLs.
 
-    Raises InputError where there is nothing of these, and where the page cannot be written.
+    `output` is the earlier name of `output_path`. Raises InputError where there is nothing of these, and where the page
+    cannot be written.
     """
     store = Store.at(experiment)
     page = Page(store.name)
@@ -50,7 +51,7 @@ def report(experiment: str, output: str | None = None) -> ReportSummary:
                 "no such folder", where=experiment, fix="give the folder of an experiment, such as exps/NAME"
             )
         fill(page, folder, store.url)
-        target = output or store.url_of(PAGE_FILE)
+        target = output_path or output or store.url_of(PAGE_FILE)
         return ReportSummary(target, page.write(target), page.notes)
 
 

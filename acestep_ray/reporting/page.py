@@ -13,6 +13,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.reporting.drawing import data_uri, draw, picture_uri
 from acestep_ray.reporting.sound import MEDIA_TYPE, read_sound
 from acestep_ray.reporting.style import STYLE
+from acestep_ray.terminal.numbers import number_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -239,7 +240,7 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return number_text(value, 4)
     if isinstance(value, (list, tuple, set, frozenset)):
         return ", ".join(map(shown, value))
     return str(value)

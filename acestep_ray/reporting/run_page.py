@@ -20,6 +20,7 @@ from acestep_ray.reporting.sections import (
     add_songs,
     add_speed,
 )
+from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 
@@ -83,8 +84,9 @@ def find_warnings(run: Run) -> list[str]:
         last = max(held_out)
         if held_out[last] > held_out[lowest]:
             found.append(
-                f"The loss of the held-out songs was lowest at step {lowest} ({held_out[lowest]:.4g}) and has risen to "
-                f"{held_out[last]:.4g} since: later checkpoints have learned songs by heart."
+                f"The loss of the held-out songs was lowest at step {lowest} ({number_text(held_out[lowest], 4)}) "
+                f"and has risen to {number_text(held_out[last], 4)} since: later checkpoints have learned songs by "
+                "heart."
             )
     return found + [f"Not in this page: {what}" for what in run.missing]
 

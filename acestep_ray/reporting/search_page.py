@@ -19,6 +19,7 @@ from acestep_ray.reporting.plots import TRAINING, draw_losses, draw_trials
 from acestep_ray.reporting.run import is_under_way
 from acestep_ray.reporting.sections import add_lora, add_settings, add_songs
 from acestep_ray.storage import Store
+from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.experiment import SETTINGS_FILE
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
@@ -72,7 +73,7 @@ def write_search(page: Page, folder: Path, place: str | None = None) -> None:
         page.figure(
             draw_trials(curves),
             f"Validation loss by step of {len(ranked)} trials; the best, {ranked[0].name}, comes to "
-            f"{min(filter(math.isfinite, curves[ranked[0].name].values())):.4g}",
+            f"{number_text(min(filter(math.isfinite, curves[ranked[0].name].values())), 4)}",
         )
     settings = _read(folder / BEST / SETTINGS_FILE, page)
     if ranked:

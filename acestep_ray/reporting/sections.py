@@ -18,6 +18,7 @@ from acestep_ray.reporting.plots import draw_losses, draw_norms, draw_quarters, 
 from acestep_ray.reporting.run import Run
 from acestep_ray.reporting.samples import spread
 from acestep_ray.reporting.songs import LENGTH_SECONDS, count_songs
+from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 from acestep_ray.units import size_text
 
@@ -242,7 +243,7 @@ def _setting(value: Any) -> Any:
 def _ends(curve: Mapping[int, float]) -> str:
     """What a curve comes to, for who does not see it."""
     values: Sequence[float] = list(curve.values())
-    return f"from {values[0]:.4g} to {values[-1]:.4g}"
+    return f"from {number_text(values[0], 4)} to {number_text(values[-1], 4)}"
 
 
 def _hours(seconds: float) -> str:

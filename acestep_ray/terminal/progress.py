@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from acestep_ray.terminal.console import is_terminal, is_verbose, rich_console
+from acestep_ray.terminal.numbers import number_text
 
 if TYPE_CHECKING:
     import rich.progress
@@ -22,7 +23,7 @@ _BAR_WIDTH = 24
 
 def whole(number: float) -> str:
     """A count as text."""
-    return f"{number:.0f}"
+    return f"{number:,.0f}"
 
 
 class Progress:
@@ -141,8 +142,8 @@ class Progress:
         if self._amount is not whole:
             return f"{self._amount(rate)}/s"
         if rate < 1:
-            return f"{1 / rate:.3g} s/{self._unit.removesuffix('s')}"
-        return f"{rate:,.0f} {self._unit}/s" if rate >= 100 else f"{rate:.3g} {self._unit}/s"
+            return f"{number_text(1 / rate)} s/{self._unit.removesuffix('s')}"
+        return f"{number_text(rate)} {self._unit}/s"
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)

@@ -6,13 +6,15 @@ answer was lost, is one metric to MLflow: it has the same time.
 """
 
 from acestep_ray.tracking.environment import environment_tags
-from acestep_ray.tracking.mlflow_run import MLflowRun, end_mlflow_run, mlflow_uri, start_mlflow_run
+from acestep_ray.tracking.mlflow_address import mlflow_uri
+from acestep_ray.tracking.mlflow_run import MLflowRun, check_mlflow, end_mlflow_run, start_mlflow_run
 from acestep_ray.tracking.tracker import BUFFER_FILE, Tracker
 
 __all__ = [
     "BUFFER_FILE",
     "MLflowRun",
     "Tracker",
+    "check_mlflow",
     "end_mlflow_run",
     "environment_tags",
     "mlflow_uri",

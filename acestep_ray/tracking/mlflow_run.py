@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from acestep_ray.errors import InputError, without_password
-from acestep_ray.storage import is_url
+from acestep_ray.tracking.mlflow_errors import Cause, NoServerError, explain, reason_of
 
-OFF = "none"
+_SQLITE = "sqlite:///"
+_DELETED = "deleted"
 CHANGED_PARAM = "resumed."
 """Begins the names of tags: MLflow takes no second value of a param, so a continued run has the new one as a tag."""
 
@@ -24,13 +23,6 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 5000
 
 REQUEST_SECONDS = 10
-
-_CREDENTIALS_FIX = (
-    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, on every node"
-)
-
-# `user:password@`, or a parameter of a database's driver.
-_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&][a-z_]*(password|passwd|token|secret)=", re.IGNORECASE)
 
 Say = Callable[[str], None]
 
@@ -46,36 +38,23 @@ class MLflowRun:
     run_id: str
 
 
-def mlflow_uri(tracking_uri: str | None, logger_dir: str | Path) -> str | None:
-    """The MLflow address that the settings mean; None when MLflow is off or, by default, not installed.
+def check_mlflow(uri: str, experiment: str, *, restore: bool = False) -> None:
+    """Raise InputError where MLflow will take no new run, before work starts; makes nothing.
 
-    Raises InputError when an address is given and MLflow is not installed, for an address with a password in it, and
-    for logs in object storage when none is given.
+    A database that is not there yet is not looked for: it is made with the run.
     """
-    if tracking_uri == OFF:
-        return None
-    if tracking_uri is not None and _PASSWORD.search(tracking_uri):
-        raise InputError(
-            "a password does not belong into an address, which is shown and written down",
-            where=f"--tracking_uri {without_password(tracking_uri).partition('?')[0]}",
-            fix="give it in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, "
-            "PGPASSWORD for PostgreSQL",
-        )
-    if importlib.util.find_spec("mlflow") is None:
-        if tracking_uri is None:
-            return None
-        raise InputError(
-            "MLflow is not installed",
-            where=f"--tracking_uri {tracking_uri}",
-            fix="pip install mlflow, or `none`",
-        )
-    if tracking_uri is None and is_url(logger_dir):
-        raise InputError(
-            "MLflow's own database is a file, which cannot lie in object storage",
-            where=f"--logger_dir {logger_dir}",
-            fix="give --tracking_uri with the address of an MLflow server, or `none`",
-        )
-    return tracking_uri or f"sqlite:///{Path(logger_dir).resolve()}/mlflow.db"
+    from mlflow.tracking import MlflowClient
+
+    _be_quiet()
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE).partition("?")[0]).exists():
+        return
+    try:
+        with short_requests(uri, REQUEST_SECONDS):
+            found = MlflowClient(uri).get_experiment_by_name(experiment)
+    except Exception as error:  # every kind of store and network has errors of its own
+        raise _not_taken(explain(error, uri), uri) from None
+    if found is not None and found.lifecycle_stage == _DELETED and not restore:
+        raise _experiment_deleted(experiment, uri)
 
 
 def start_mlflow_run(
@@ -86,42 +65,44 @@ def start_mlflow_run(
     run_id: str | None,
     *,
     tags: Mapping[str, str] | None = None,
+    restore: bool = False,
     say: Say = print,
 ) -> MLflowRun:
     """Make a run, or go on with `run_id`, and note its settings and tags.
 
     A param that has another value than the run was begun with is noted as a tag, `resumed.NAME`. A run that was deleted
-    is told and made anew. Raises InputError when the server takes no new run; a known one then goes on all the same,
-    with a warning.
+    is told and made anew; with `restore` it is brought back, and so is a deleted experiment. Raises InputError for an
+    experiment that was deleted otherwise, for what lasts, such as a database of another MLflow version, and when the
+    server takes no new run; a known one then goes on all the same, with a warning.
     """
     from mlflow.tracking import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it creates
+    _be_quiet()
     values = {name: without_password(str(value))[:PARAM_CHARACTERS] for name, value in params.items()}
     labels = {name: value[:TAG_CHARACTERS] for name, value in (tags or {}).items()}
     try:
         with short_requests(uri, REQUEST_SECONDS):
             client = MlflowClient(uri)
+            experiment_id = _find_experiment(client, experiment, uri, restore)
             if run_id is not None:
-                if _continue_run(client, run_id, values, labels):
+                gone = _continue_run(client, run_id, values, labels, restore)
+                if gone is None:
                     return MLflowRun(uri, run_id)
-                say(
-                    f"warning: MLflow's run {run_id} was deleted at {without_password(uri)}; a new one is made"
-                )
+                say(f"warning: {gone} at {without_password(uri)}; a new one is made")
                 run_id = None
-            return MLflowRun(uri, _make_run(client, uri, experiment, run_name, values, labels))
+            experiment_id = experiment_id or _make_experiment(client, experiment, uri)
+            return MLflowRun(uri, _make_run(client, experiment_id, run_name, values, labels))
+    except InputError:
+        raise
     except Exception as error:  # every kind of store and network has errors of its own
-        if run_id is not None:
+        cause = explain(error, uri)
+        if run_id is not None and not cause.lasts:
             say(
                 f"warning: MLflow at {without_password(uri)} does not take the run ({reason_of(error)}); "
                 "it goes on, and its metrics are sent when it does"
             )
             return MLflowRun(uri, run_id)
-        raise InputError(
-            f"MLflow does not take the run ({reason_of(error)})",
-            where=f"--tracking_uri {without_password(uri)}",
-            fix=_CREDENTIALS_FIX if is_refused(error) else "check the address, or `none`",
-        ) from None
+        raise _not_taken(cause, uri) from None
 
 
 def end_mlflow_run(run: MLflowRun, status: str, *, say: Say = print) -> None:
@@ -138,28 +119,64 @@ def end_mlflow_run(run: MLflowRun, status: str, *, say: Say = print) -> None:
         )
 
 
+def _be_quiet() -> None:
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it creates
+
+
+def _not_taken(cause: Cause, uri: str) -> InputError:
+    return InputError(
+        f"MLflow does not take the run ({cause.what})",
+        where=f"--tracking_uri {without_password(uri)}",
+        fix=cause.fix,
+    )
+
+
+def _experiment_deleted(experiment: str, uri: str) -> InputError:
+    return InputError(
+        f"MLflow's experiment {experiment!r} was deleted, and takes no runs",
+        where=f"--tracking_uri {without_password(uri)}",
+        fix="add --restore_experiment, which brings it back with its runs; or add --tracking_experiment NAME, which "
+        "tracks in another one",
+    )
+
+
+def _find_experiment(client: Any, experiment: str, uri: str, restore: bool) -> str | None:
+    """The experiment's id, None where there is none yet. Raises InputError for a deleted one that is not to return."""
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return None
+    if found.lifecycle_stage == _DELETED:
+        if not restore:
+            raise _experiment_deleted(experiment, uri)
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _make_experiment(client: Any, experiment: str, uri: str) -> str:
+    location = None
+    if uri.startswith(_SQLITE):  # otherwise artifacts go to the folder the driver happens to be in
+        database = Path(uri.removeprefix(_SQLITE).partition("?")[0])
+        location = str(database.resolve().parent / "mlruns" / experiment)
+    return str(client.create_experiment(experiment, artifact_location=location))
+
+
 def _make_run(
-    client: Any, uri: str, experiment: str, run_name: str, params: dict[str, str], tags: dict[str, str]
+    client: Any, experiment_id: str, run_name: str, params: dict[str, str], tags: dict[str, str]
 ) -> str:
     """The id of a new run."""
     from mlflow.entities import Param
 
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        location = None
-        if uri.startswith("sqlite:///"):  # otherwise artifacts go to the folder the driver happens to be in
-            database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-            location = str(database.resolve().parent / "mlruns" / experiment)
-        experiment_id = client.create_experiment(experiment, artifact_location=location)
-    else:
-        experiment_id = found.experiment_id
     run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
+    if not run_id:
+        raise NoServerError("the run has no id")
     client.log_batch(run_id, params=[Param(name, value) for name, value in params.items()])
     return run_id
 
 
-def _continue_run(client: Any, run_id: str, params: dict[str, str], tags: dict[str, str]) -> bool:
-    """Mark a run as running again and note what is new of it; False for one that was deleted."""
+def _continue_run(
+    client: Any, run_id: str, params: dict[str, str], tags: dict[str, str], restore: bool
+) -> str | None:
+    """Mark a run as running again and note what is new of it; why it cannot be, for one that is gone."""
     from mlflow import MlflowException
     from mlflow.entities import Param, RunTag
 
@@ -167,10 +184,12 @@ def _continue_run(client: Any, run_id: str, params: dict[str, str], tags: dict[s
         run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
+            return f"MLflow's run {run_id} is not there any more"
         raise
-    if run.info.lifecycle_stage != "active":
-        return False
+    if run.info.lifecycle_stage == _DELETED:
+        if not restore:
+            return f"MLflow's run {run_id} was deleted (--restore_experiment would bring it back)"
+        client.restore_run(run_id)
     client.update_run(run_id, status="RUNNING")
     known = run.data.params
     changed = {
@@ -184,7 +203,7 @@ def _continue_run(client: Any, run_id: str, params: dict[str, str], tags: dict[s
         params=[Param(name, value) for name, value in params.items() if name not in known],
         tags=[RunTag(name, value[:TAG_CHARACTERS]) for name, value in {**tags, **changed}.items()],
     )
-    return True
+    return None
 
 
 @contextlib.contextmanager
@@ -209,21 +228,3 @@ def short_requests(uri: str, seconds: int) -> Iterator[None]:
             restored.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield
-
-
-def is_refused(error: BaseException) -> bool:
-    """Whether MLflow's server does not take the credentials, or they give no right to what was asked for."""
-    status = getattr(error, "get_http_status_code", lambda: None)()
-    return status in (401, 403)
-
-
-def reason_of(error: BaseException) -> str:
-    """What an error began with, in a line: MLflow's own wraps it in several."""
-    if is_refused(error):
-        return f"it refuses the credentials: {_CREDENTIALS_FIX}"
-    while (
-        inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    ) is not None:
-        error = inner
-    lines = str(error).strip().splitlines()
-    return without_password(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)

@@ -12,12 +12,8 @@ from typing import Any
 
 from acestep_ray.errors import without_password
 from acestep_ray.tracking.metric_queue import Metric, MetricQueue
-from acestep_ray.tracking.mlflow_run import (
-    REQUEST_SECONDS,
-    MLflowRun,
-    reason_of,
-    short_requests,
-)
+from acestep_ray.tracking.mlflow_errors import reason_of
+from acestep_ray.tracking.mlflow_run import REQUEST_SECONDS, MLflowRun, short_requests
 from acestep_ray.tracking.retry import Retry
 
 UPLOAD_REQUEST_SECONDS = 60

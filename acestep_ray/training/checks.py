@@ -12,6 +12,7 @@ import torch
 from acestep_ray.config import TrainConfig
 from acestep_ray.device import check_device_name
 from acestep_ray.errors import InputError
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import Store
@@ -81,11 +82,15 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         raise InputError(
             "unknown precision",
             where=f"--precision {config.precision}",
-            fix=", ".join(sorted(set(PRECISIONS.values()))),
+            fix=one_of(config.precision, sorted(set(PRECISIONS.values()))),
         )
     if config.gradient_clip_algorithm not in ("norm", "value"):
         where = f"--gradient_clip_algorithm {config.gradient_clip_algorithm}"
-        raise InputError("unknown way to clip gradients", where=where, fix="norm or value")
+        raise InputError(
+            "unknown way to clip gradients",
+            where=where,
+            fix=one_of(config.gradient_clip_algorithm, ("norm", "value")),
+        )
     if Path(config.exp_name).name != config.exp_name or config.exp_name in ("", ".", ".."):
         raise InputError("not a plain name", where=f"--exp_name {config.exp_name!r}", fix="use no slashes")
     if config.lora_config_path is None and config.init_lora_path is not None:

@@ -120,6 +120,12 @@ def read_json(folder: Store, name: str) -> Any:
         ) from None
 
 
+def known_mlflow_run(experiment: Store, tracking_uri: str | None) -> str | None:
+    """The id of the experiment's run at this MLflow, None where it has none there."""
+    known = read_json(experiment, MLFLOW_FILE) or {}
+    return known.get("run_id") if known.get("tracking_uri") == tracking_uri else None
+
+
 def write_json(folder: Store, name: str, values: Any) -> None:
     """Write a file of a run's folder, whole or not at all."""
     folder.write_bytes(name, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())

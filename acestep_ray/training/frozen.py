@@ -11,6 +11,7 @@ from torch import nn
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.fusing import why_not_fused
 from acestep_ray.models.quantised import FORMS, QuantisedLinear, quantise_linear_layers
@@ -34,7 +35,9 @@ def check_quantisation(config: TrainConfig) -> None:
     """Raise InputError for a way of storing the frozen weights that there is not, or where none are frozen."""
     where = f"--quantize_base {config.quantize_base}"
     if config.quantize_base not in (UNQUANTISED, *FORMS):
-        raise InputError("unknown way to quantise", where=where, fix=", ".join((UNQUANTISED, *FORMS)))
+        raise InputError(
+            "unknown way to quantise", where=where, fix=one_of(config.quantize_base, (UNQUANTISED, *FORMS))
+        )
     if config.quantize_base != UNQUANTISED and config.lora_config_path is None:
         raise InputError(
             "quantised weights cannot be trained, only a LoRA on them",

@@ -25,6 +25,7 @@ from acestep_ray.tracking import (
     BUFFER_FILE,
     MLflowRun,
     Tracker,
+    check_mlflow,
     environment_tags,
     mlflow_uri,
     start_mlflow_run,
@@ -37,6 +38,7 @@ from acestep_ray.training.experiment import (
     SAMPLES,
     SETTINGS_FILE,
     check_unchanged,
+    known_mlflow_run,
     make_folder,
     note_identity,
     only_run,
@@ -91,7 +93,7 @@ class TrainSummary:
                     f"already finished at step {self.steps}; raise --max_steps or use another --exp_name",
                 )
             )
-        rows.append(("steps", f"{self.steps} in {self.wall_seconds:.1f} s"))
+        rows.append(("steps", f"{self.steps:,} in {self.wall_seconds:,.1f} s"))
         rows.append(("loss", f"{self.first_loss:.4f} → {self.last_loss:.4f} (first to last step)"))
         for name, losses, of_what in (
             ("fixed", self.fixed_noise, "same songs, same noise, before and after"),
@@ -134,6 +136,8 @@ def train(config: TrainConfig) -> TrainSummary:
     make_folder(experiment, "--exp_dir")
     make_folder(log_dir, "--logger_dir")
     with only_run(experiment):
+        if tracking_uri is not None and known_mlflow_run(experiment, tracking_uri) is None:
+            check_mlflow(tracking_uri, config.tracking_experiment, restore=config.restore_experiment)
         connect()
         use_gpu = resolve_training_device(config)
         found = find_songs(songs, checkpoint, config, experiment, use_gpu)
@@ -211,11 +215,18 @@ def prepare_experiment(
     experiment.write_bytes(SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False).encode())
     if tracking_uri is None:
         return settings
-    known = read_json(experiment, MLFLOW_FILE) or {}
-    run_id = known.get("run_id") if known.get("tracking_uri") == tracking_uri else None
+    run_id = known_mlflow_run(experiment, tracking_uri)
     fingerprints = {f"fingerprint.{name}": str(identity[key]) for name, key in FINGERPRINTS.items()}
     tags = {**environment_tags(), **fingerprints}
-    run = start_mlflow_run(tracking_uri, "acestep-ray", settings.config.exp_name, values, run_id, tags=tags)
+    run = start_mlflow_run(
+        tracking_uri,
+        settings.config.tracking_experiment,
+        settings.config.exp_name,
+        values,
+        run_id,
+        tags=tags,
+        restore=settings.config.restore_experiment,
+    )
     write_json(experiment, MLFLOW_FILE, asdict(run))
     return replace(settings, mlflow_run=run)
 

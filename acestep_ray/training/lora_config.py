@@ -16,6 +16,7 @@ from torch import nn
 
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import ADAPTER_NAME
+from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
 from acestep_ray.storage import StoredFile
 
 DEFAULT_LORA = {
@@ -122,8 +123,10 @@ def read_lora_config(path: str | Path) -> dict[str, Any]:
     for a file that is missing, is not JSON, or has fields or values that this model cannot be trained with.
     """
     file = StoredFile.at(path)
+    content = b""
     try:
-        values = json.loads(file.read_bytes().decode())
+        content = file.read_bytes()
+        values = json.loads(content.decode())
     except FileNotFoundError:
         raise InputError(
             "no such LoRA configuration",
@@ -131,8 +134,13 @@ def read_lora_config(path: str | Path) -> dict[str, Any]:
             fix="give the path of a JSON file",
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        found = (
+            start_of_impostor(content[:FIRST_BYTES], str(path)) if not isinstance(error, OSError) else None
+        )
         raise InputError(
-            f"cannot read the LoRA configuration ({error})", where=str(file), fix="it must be one JSON object"
+            f"cannot read the LoRA configuration ({error if found is None else f'it is {found.what}'})",
+            where=str(file),
+            fix="it must be one JSON object" if found is None else found.fix,
         ) from None
     if not isinstance(values, dict):
         raise InputError("the LoRA configuration is not a JSON object", where=str(file))

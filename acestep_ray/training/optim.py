@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.hints import one_of
 
 BETAS = (0.8, 0.9)
 EPS = 1e-8
@@ -23,7 +24,7 @@ def check_optimizer(config: TrainConfig) -> None:
     """Raise InputError for an optimizer that is not there or cannot train what is to be trained."""
     where = f"--optimizer {config.optimizer}"
     if config.optimizer not in OPTIMIZERS:
-        raise InputError("unknown optimizer", where=where, fix=" or ".join(OPTIMIZERS))
+        raise InputError("unknown optimizer", where=where, fix=one_of(config.optimizer, OPTIMIZERS))
     if config.optimizer != ADAMW_8BIT:
         return
     _import_adamw8bit()

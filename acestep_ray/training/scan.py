@@ -108,7 +108,7 @@ class ScanSummary:
             [
                 ("inputs", f"{self.inputs} = {self.songs} songs + {len(self.rejects)} rejects"),
                 *(("texts", layout) for layout in self.layouts),
-                ("scanned", f"{self.scanned} in {self.wall_seconds:.0f} s"),
+                ("scanned", f"{self.scanned} in {self.wall_seconds:,.0f} s"),
                 ("rejects", "\n".join(rejects)),
                 *(("warning", warning) for warning in self.warnings[:_LISTED]),
                 *(

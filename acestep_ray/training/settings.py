@@ -12,6 +12,7 @@ import torch
 from acestep_ray.config import TrainConfig
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.storage import Store
+from acestep_ray.terminal.numbers import number_text
 from acestep_ray.tracking import MLflowRun
 from acestep_ray.training.model import build_transformer
 from acestep_ray.training.streaming import Stream
@@ -87,12 +88,12 @@ class StepsDone:
     """Seconds of audio a second, of all workers, since the last time; None where there was no step."""
 
     def __str__(self) -> str:
-        return " · ".join([f"step {self.step}/{self.total}", *self.facts])
+        return " · ".join([f"step {self.step:,}/{self.total:,}", *self.facts])
 
     @property
     def facts(self) -> list[str]:
         """What there is to say beside the step."""
-        speed = [] if self.times_real_time is None else [f"{self.times_real_time:,.3g} × real time"]
+        speed = [] if self.times_real_time is None else [f"{number_text(self.times_real_time)} × real time"]
         return [f"loss {self.loss:.4f}", *speed]
 
 

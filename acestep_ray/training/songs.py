@@ -64,7 +64,7 @@ def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: Train
     """Raise InputError when the cache was computed for a model of other sizes, or lacks what the losses need."""
     model = checkpoint.transformer_config
     where = config.dataset_path
-    fix = "run precompute with this checkpoint"
+    fix = "give the checkpoint that the cache was computed with, or run precompute with this one"
     if index.text_dim != model.text_embedding_dim:
         raise InputError(
             f"the cache's prompts have width {index.text_dim}, the model reads {model.text_embedding_dim}",
@@ -79,7 +79,9 @@ def check_cache_fits(index: CacheIndex, checkpoint: CheckpointDir, config: Train
         raise InputError(
             f"the SSL losses need the features {wanted}, the cache has {index.ssl_dims or 'none'}",
             where=where,
-            fix="run precompute with a checkpoint that holds mert/ and mhubert/, or train with --ssl_coeff 0",
+            fix="run precompute with a checkpoint that holds mert/ and mhubert/, or train with --ssl_coeff 0"
+            if "ssl" in index.features
+            else f"run precompute with --features {','.join((*index.features, 'ssl'))}, or train with --ssl_coeff 0",
         )
 
 
@@ -92,7 +94,8 @@ def check_encoders(index: CacheIndex, checkpoint: CheckpointDir, config: TrainCo
         raise InputError(
             f"the cache was computed with another {' and another '.join(others)} than the checkpoint's",
             where=f"{config.dataset_path} and {config.checkpoint_dir}",
-            fix="run precompute with this checkpoint, or train all the same with --allow_changes",
+            fix="give the checkpoint that the cache was computed with, run precompute with this one, or train "
+            "all the same with --allow_changes",
         )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import AccessDeniedError, Store
 from acestep_ray.training.optim import join_parts, stored_parts
@@ -272,7 +273,8 @@ class Checkpoints:
             except FileNotFoundError:
                 raise DamagedCheckpointError(f"{part} is missing") from None
             if hashlib.sha256(data).hexdigest() != files.get(part, {}).get("sha256"):
-                raise DamagedCheckpointError(f"{part} is not what was written")
+                found = start_of_impostor(data[:FIRST_BYTES], part)
+                raise DamagedCheckpointError(f"{part} is {found.what if found else 'not what was written'}")
             try:
                 tensors |= load(data)
             except SafetensorError as error:

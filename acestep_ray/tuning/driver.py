@@ -22,6 +22,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.ray_runtime import Console
 from acestep_ray.storage import Store, updated_folder
 from acestep_ray.terminal import Progress, is_verbose
+from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.launch import fit_interruptibly
 from acestep_ray.tuning.records import Records, TrialRecord
 from acestep_ray.tuning.report import (
@@ -100,7 +101,7 @@ class Search:
         over = sum(record.is_over for record in self.records)
         shared = f", on {len(reserved.hosts)} shared base models" if reserved.hosts else ""
         scheduler = {
-            "asha": f"ASHA from step {self.grace_steps}, reduction factor {config.reduction_factor:g}",
+            "asha": f"ASHA from step {self.grace_steps}, reduction factor {number_text(config.reduction_factor)}",
             "median": f"the median stopping rule from step {self.grace_steps}",
             "none": "no early stopping",
         }[config.scheduler]

@@ -12,18 +12,19 @@ import ray
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
+from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.ray_runtime import StopSignal, connect, wait_for_first_node
 from acestep_ray.storage import Store
-from acestep_ray.tracking import mlflow_uri
+from acestep_ray.tracking import check_mlflow, mlflow_uri
 from acestep_ray.training.checks import check_model, check_train_config
 from acestep_ray.training.experiment import (
     MLFLOW_FILE,
     SETTINGS_FILE,
+    known_mlflow_run,
     make_folder,
     only_run,
-    read_json,
     run_identity,
     write_json,
 )
@@ -62,6 +63,8 @@ def tune(config: TuneConfig) -> TuneSummary:
     make_folder(folder, "--exp_dir")
     make_folder(log_dir, "--logger_dir")
     with only_run(folder):
+        if tracking_uri is not None and known_mlflow_run(folder, tracking_uri) is None:
+            check_mlflow(tracking_uri, config.tracking_experiment, restore=config.restore_experiment)
         connect()
         wait_for_first_node(config.device, config.worker_resource)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -95,7 +98,13 @@ def tune(config: TuneConfig) -> TuneSummary:
             worker_cpus=reserved.worker_cpus,
         )
         print(search.render(plan, reserved, len(found.recordings)), flush=True)
-        runs = SearchRuns(tracking_uri, search.records, base.exp_name)
+        runs = SearchRuns(
+            tracking_uri,
+            search.records,
+            base.exp_name,
+            experiment=config.tracking_experiment,
+            restore=config.restore_experiment,
+        )
         begin_parent(runs, config, space, folder)
         interrupted = True
         try:
@@ -130,7 +139,9 @@ def check_tune_config(config: TuneConfig) -> None:
     for name, known in (("scheduler", SCHEDULERS), ("searcher", SEARCHERS)):
         if getattr(config, name) not in known:
             raise InputError(
-                f"unknown {name}", where=f"--{name} {getattr(config, name)}", fix=", ".join(known)
+                f"unknown {name}",
+                where=f"--{name} {getattr(config, name)}",
+                fix=one_of(getattr(config, name), known),
             )
 
 
@@ -184,8 +195,7 @@ def held_out_songs(found: Songs, base: TrainConfig) -> tuple[int, ...]:
 
 def begin_parent(runs: SearchRuns, config: TuneConfig, space: Space, folder: Store) -> None:
     """Make or go on with the search's MLflow run, noted in its folder."""
-    known = read_json(folder, MLFLOW_FILE) or {}
-    run_id = known.get("run_id") if known.get("tracking_uri") == runs.uri else None
+    run_id = known_mlflow_run(folder, runs.uri)
     params = {**asdict(config), **{f"space.{name}": text for name, text in space.describe().items()}}
     run_id = runs.begin(params, run_id)
     if run_id is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from acestep_ray.terminal.numbers import number_text
 from acestep_ray.tuning.records import TrialRecord
 from acestep_ray.tuning.space import DIMENSIONS
 
@@ -95,7 +96,7 @@ class _Axis:
         numbers = sorted({value for value in self.values if not isinstance(value, str)})
         shown = numbers if len(numbers) <= 8 else [numbers[0], numbers[-1]]
         return [
-            (self._place(value), value if isinstance(value, str) else f"{value:.3g}")
+            (self._place(value), value if isinstance(value, str) else number_text(value))
             for value in [*self.texts, *shown]
         ]
 

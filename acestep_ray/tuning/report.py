@@ -17,6 +17,7 @@ from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.reporting.page import Page
 from acestep_ray.storage import Store
 from acestep_ray.terminal import column_table, fact_table
+from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.experiment import SETTINGS_FILE
 from acestep_ray.training.job import TrainSummary
 from acestep_ray.tuning.pictures import (
@@ -59,7 +60,7 @@ class TuneSummary:
         failed = [trial for trial in self.trials if trial["state"] == FAILED]
         made: list[tuple[str, object]] = [
             *(("failed", f"{trial['trial']}: {trial['error']}") for trial in failed),
-            ("trials", f"{len(self.trials)} in {self.wall_seconds:.0f} s"),
+            ("trials", f"{len(self.trials)} in {self.wall_seconds:,.0f} s"),
         ]
         if self.best is not None:
             made.append(("best", self.best.url_of(LORA_FILE)))
@@ -174,4 +175,4 @@ def add_trials(page: Page, rows: Sequence[Mapping[str, Any]], pictures: Mapping[
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return number_text(value, 4) if isinstance(value, float) else str(value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from acestep_ray.config import TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.ray_runtime import share_of
+from acestep_ray.terminal.numbers import number_text
 
 # What a trial's own process reserves where its training is done by others.
 HEAD_CPUS = 0.01
@@ -81,21 +82,21 @@ def reserve(config: TuneConfig, nodes: Sequence[Mapping[str, float]], *, streame
 
 def _check_one_process(config: TuneConfig, nodes: Sequence[Mapping[str, float]], gpus: float) -> None:
     if gpus < 0:
-        raise InputError("must be 0 or more", where=f"--gpus_per_trial {gpus:g}")
+        raise InputError("must be 0 or more", where=f"--gpus_per_trial {number_text(gpus, 6)}")
     if gpus > 1:
         raise InputError(
             "one process trains on one GPU",
-            where=f"--gpus_per_trial {gpus:g}",
+            where=f"--gpus_per_trial {number_text(gpus, 6)}",
             fix=f"use --workers_per_trial {math.ceil(gpus)}, or at most 1",
         )
     most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("GPU", "CPU")}
     if not any(_fitting(node, gpus, config.cpus_per_trial) for node in nodes):
-        flag, asked, there = "cpus_per_trial", config.cpus_per_trial, f"{most['CPU']:g} CPUs"
+        flag, asked, there = "cpus_per_trial", config.cpus_per_trial, f"{number_text(most['CPU'], 6)} CPUs"
         if gpus > most["GPU"]:
-            flag, asked, there = "gpus_per_trial", gpus, f"{most['GPU']:g} GPUs"
+            flag, asked, there = "gpus_per_trial", gpus, f"{number_text(most['GPU'], 6)} GPUs"
         raise InputError(
             f"a trial asks for more than any node has, which is {there} for trials",
-            where=f"--{flag} {asked:g}",
+            where=f"--{flag} {number_text(asked, 6)}",
             fix="ask for less, or use a larger cluster",
         )
 
@@ -110,7 +111,8 @@ def _several_workers(config: TuneConfig, nodes: Sequence[Mapping[str, float]], g
         )
     if gpus not in (0, workers):
         raise InputError(
-            f"each of a trial's {workers} workers takes one GPU", where=f"--gpus_per_trial {gpus:g}"
+            f"each of a trial's {workers} workers takes one GPU",
+            where=f"--gpus_per_trial {number_text(gpus, 6)}",
         )
     resource, each = ("GPU", 1.0) if gpus else ("CPU", config.cpus_per_trial / workers)
     if not gpus:  # the trial's own process takes a little
@@ -118,7 +120,7 @@ def _several_workers(config: TuneConfig, nodes: Sequence[Mapping[str, float]], g
     places = sum(math.floor(node.get(resource, 0.0) / each) for node in nodes) if each > 0 else 0
     if places < workers:
         raise InputError(
-            f"a trial's workers take {each:g} {resource}s each, and there is room for {places}",
+            f"a trial's workers take {number_text(each, 6)} {resource}s each, and there is room for {places}",
             where=f"--workers_per_trial {workers}",
             fix="use fewer workers, or a larger cluster",
         )

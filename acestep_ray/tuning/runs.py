@@ -9,10 +9,10 @@ from typing import Any
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.storage import Store, fetched
 from acestep_ray.tracking import MLflowRun, end_mlflow_run, environment_tags, start_mlflow_run
-from acestep_ray.tracking.mlflow_run import reason_of, short_requests
+from acestep_ray.tracking.mlflow_errors import reason_of
+from acestep_ray.tracking.mlflow_run import short_requests
 from acestep_ray.tuning.records import DONE, STOPPED, Records, TrialRecord
 
-EXPERIMENT = "acestep-ray"
 _UPLOAD_REQUEST_SECONDS = 60
 _STATUS = {DONE: "FINISHED", STOPPED: "FINISHED"}
 
@@ -20,8 +20,18 @@ _STATUS = {DONE: "FINISHED", STOPPED: "FINISHED"}
 class SearchRuns:
     """The runs of a search; none without an address. A server that does not answer is told and stops nothing."""
 
-    def __init__(self, uri: str | None, records: Records, search: str):
+    def __init__(
+        self,
+        uri: str | None,
+        records: Records,
+        search: str,
+        *,
+        experiment: str = "acestep-ray",
+        restore: bool = False,
+    ):
+        """`experiment` is MLflow's; `restore` brings it back where it was deleted."""
         self.uri, self.records, self.search = uri, records, search
+        self.experiment, self.restore = experiment, restore
         self.parent: MLflowRun | None = None
 
     def begin(self, params: Mapping[str, Any], known: str | None) -> str | None:
@@ -29,7 +39,9 @@ class SearchRuns:
         if self.uri is None:
             return None
         tags = environment_tags()
-        self.parent = start_mlflow_run(self.uri, EXPERIMENT, self.search, dict(params), known, tags=tags)
+        self.parent = start_mlflow_run(
+            self.uri, self.experiment, self.search, dict(params), known, tags=tags, restore=self.restore
+        )
         return self.parent.run_id
 
     def start_trial(self, record: TrialRecord) -> MLflowRun | None:
@@ -40,7 +52,13 @@ class SearchRuns:
         name = f"{self.search}/{record.name}"
         try:
             run = start_mlflow_run(
-                self.parent.tracking_uri, EXPERIMENT, name, record.params, record.mlflow_run, tags=tags
+                self.parent.tracking_uri,
+                self.experiment,
+                name,
+                record.params,
+                record.mlflow_run,
+                tags=tags,
+                restore=self.restore,
             )
         except InputError as error:
             print(f"warning: {record.name} is not in MLflow: {error.what}", flush=True)

@@ -58,6 +58,10 @@ def test_a_truncated_file_is_told(tmp_path, size):
 def test_a_file_of_another_kind_is_told(tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_text("<!DOCTYPE html><html>Not Found</html>")
+    assert "this is a web page, not the file" in refused(path)
+    path.write_text('{"error": "Repository not found"}')
+    assert "this is a server's error message, not the file" in refused(path)
+    path.write_text("just a text that is no LoRA")
     assert "not a safetensors file" in refused(path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:…\nsize 100\n")
     assert "git lfs pull" in refused(path)
@@ -104,7 +108,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path, part, value):
         ("lora_C.weight", "docs/export.md"),
         ("lokr_w1", "LoKr"),
         ("hada_w1_a", "LoHa"),
-        ("dora_scale", "DoRA in kohya's form"),
+        ("oft_blocks", "OFT"),
+        ("diff", "whole differences"),
         ("lora_B.bias", "biases"),
         ("lora_A.lora_adapter.weight", LORA_FILE),
     ],
@@ -127,6 +132,7 @@ def test_a_file_without_tensors_is_told(tmp_path):
         ({"lora_B.weight": torch.ones(64)}, "same rank"),
         ({"alpha": torch.ones(2)}, "alpha` is not one number"),
         ({"lora_down.weight": torch.ones(2, 64)}, "has lora_A twice"),
+        ({"dora_scale": torch.ones(1, 64)}, "DoRA in kohya's form over columns"),
     ],
 )
 def test_matrices_that_are_no_pair_are_told(tmp_path, changes, message):
@@ -151,6 +157,35 @@ def test_a_lora_of_another_model_is_told_with_names_and_shapes(tmp_path, module)
         in told
     )
     assert "48 × 48" in told
+
+
+@pytest.mark.parametrize(
+    ("module", "model"),
+    [
+        ("transformer.single_transformer_blocks.0.attn.to_q", "Flux"),
+        ("base_model.model.layers.3.self_attn.q_proj", "ACE-Step 1.5"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in", "Stable Diffusion or SDXL"),
+    ],
+)
+def test_the_other_model_is_named_where_its_modules_are_known(tmp_path, module, model):
+    told = refused(saved(tmp_path / "lora.safetensors", pair(module)))
+    assert f"these are modules of {model}" in told
+
+
+def test_a_whole_model_is_told_from_a_lora(tmp_path):
+    tensors = {f"{MODULE}.weight": torch.ones(64, 64), f"{MODULE}.bias": torch.ones(64)}
+    told = refused(saved(tmp_path / "a.safetensors", tensors))
+    assert "this is a model's weights, not a LoRA: its 2 keys are" in told
+    assert "export extract --finetuned_path" in told
+    told = refused(saved(tmp_path / "b.safetensors", {"unet.conv_in.weight": torch.ones(4, 4)}))
+    assert "this is a model's weights, not a LoRA" in told
+    assert "extract" not in told
+
+
+def test_a_peft_adapter_of_another_type_is_told(tmp_path):
+    path = saved(tmp_path / PEFT_FILE, pair(f"base_model.model.{MODULE}"))
+    path.with_name("adapter_config.json").write_text('{"peft_type": "VERA", "r": 2}')
+    assert "the adapter is of PEFT's type VERA, not a LoRA" in refused(path)
 
 
 def test_a_directory_with_several_files_asks_for_one(tmp_path):

@@ -14,6 +14,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.models import fingerprints
 from acestep_ray.models.checkpoint import LYRIC_VOCAB_VARIABLE, CheckpointDir
 from acestep_ray.models.transformer import is_unused_parameter
+from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 
 TRANSFORMER_WEIGHTS = "ace_step_transformer/diffusion_pytorch_model.safetensors"
 
@@ -201,3 +202,28 @@ class TestFingerprint:
         before = copy.fingerprint("transformer")
         monkeypatch.setattr(fingerprints, "_sha256_of", lambda *_: pytest.fail("it was read again"))
         assert copy.fingerprint("transformer") == before
+
+
+@pytest.mark.parametrize(
+    ("given", "told", "fix"),
+    [
+        ("ace_step_transformer", "this is one part of a checkpoint directory", "tiny"),
+        ("..", "the checkpoint directory is further inside", "tiny"),
+    ],
+)
+def test_a_folder_below_or_above_the_checkpoint_directory_is_told_with_the_right_one(
+    tmp_path, given, told, fix
+):
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny")
+    with pytest.raises(InputError, match=told) as error:
+        CheckpointDir.open((checkpoint.path / given).resolve())
+    assert error.value.fix.endswith(fix)
+
+
+@pytest.mark.parametrize("name", ["config.json", "acestep-v15-turbo/config.json"])
+def test_a_checkpoint_of_another_version_is_named(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"model_type": "acestep"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"ACE-Step 1\.5"):
+        CheckpointDir.open(tmp_path)

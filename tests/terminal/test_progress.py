@@ -56,7 +56,7 @@ def test_the_end_is_told_once(clock):
 
 def test_a_run_that_goes_back_to_its_checkpoint_is_counted_from_there(clock):
     lines = told(clock, [(0, 500), (100, 600), (200, 400), (300, 500)], total=1000, unit="steps")
-    assert lines[-1] == "encoding: 500/1000 steps · 100 rejected · 1 steps/s · 8:20 left"
+    assert lines[-1] == "encoding: 500/1,000 steps · 100 rejected · 1 steps/s · 8:20 left"
 
 
 def test_amounts_may_have_a_text_of_their_own(clock):

@@ -23,6 +23,7 @@ from acestep_ray.data.lyrics.segment import (
     parse_language,
 )
 from acestep_ray.errors import InputError
+from acestep_ray.foreign_files import explained
 
 MAX_LYRIC_TOKENS = 4096
 MAX_LINE_CHARACTERS = 32_768
@@ -142,10 +143,11 @@ class LyricTokenizer:
         try:
             tokenizer = Tokenizer.from_buffer(content)
         except Exception as error:  # the tokenizers library raises bare Exceptions
+            reason, fix = explained(path, error, another)
             raise InputError(
-                f"the lyric vocabulary is not a Hugging Face tokenizers JSON ({error})",
+                f"the lyric vocabulary is not a Hugging Face tokenizers JSON ({reason})",
                 where=str(path),
-                fix=another,
+                fix=fix,
             ) from error
         missing = [token for token in _REQUIRED_TOKENS if tokenizer.token_to_id(token) is None]
         if missing:
