@@ -196,7 +196,8 @@ def test_damage_in_the_middle_of_an_mp3_is_silence_of_its_length(tmp_path):
 def test_the_share_that_must_decode_is_chosen(tmp_path):
     whole = mp3(20)
     cut = whole[: int(0.8 * len(whole))]
-    error = refusal(tmp_path / "song.mp3", cut)
+    assert "95% must" in str(refusal(tmp_path / "song.mp3", cut))
+    error = refusal(tmp_path / "song.mp3", cut, min_decoded=0.95)
     assert error.reason is RejectReason.CORRUPT
     assert "of the 20.0 s" in str(error)
     assert "--min_decoded is 0.95" in str(error)
