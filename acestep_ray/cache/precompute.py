@@ -157,7 +157,7 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
         num_bytes=sum(rows["length"].to_pylist()),
         wall_seconds=time.monotonic() - started,
         output_dir=cache.url,
-        warnings=[*songs.warnings, *_warnings_of(rows)],
+        warnings=[*_warnings_of(rows), *songs.warnings],
     )
 
 

@@ -156,7 +156,7 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
         rejects=rejects,
         scanned=scanned,
         wall_seconds=time.monotonic() - started,
-        warnings=[*songs.warnings, *_warnings_of(usable)],
+        warnings=[*_warnings_of(usable), *songs.warnings],
     )
 
 

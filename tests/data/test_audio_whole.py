@@ -351,6 +351,17 @@ def test_damaged_frames_of_a_flac_are_silence_of_their_length(tmp_path):
     assert "of it decodes" in warnings[0]
 
 
+def test_a_flac_that_is_damaged_and_counts_wrongly_is_mended_too(tmp_path):
+    whole = flac(12)
+    damaged = bytearray(with_flac_total(whole, 5 * RATE))
+    damaged[len(whole) // 2] ^= 0xFF
+    samples, warnings = read(tmp_path / "song.flac", bytes(damaged))
+    differs = (samples != plain(whole)).any(axis=0)
+    assert 0 < differs.mean() < 0.02
+    np.testing.assert_array_equal(samples[:, -2 * RATE :], plain(whole)[:, -2 * RATE :])
+    assert len(warnings) == 2
+
+
 def test_a_flac_that_was_cut_off_is_refused_or_used_as_far_as_it_goes(tmp_path):
     whole = flac(30)
     error = refusal(tmp_path / "song.flac", whole[: int(0.6 * len(whole))])
