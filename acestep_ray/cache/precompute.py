@@ -164,9 +164,9 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
         wall_seconds=time.monotonic() - started,
         output_dir=cache.url,
         warnings=[
+            *_warnings_of(rows),
             *songs.warnings,
             *lyric_warnings(songs, run.tokenizer, {r.song_key for r in rejects}),
-            *_warnings_of(rows),
         ],
         layouts=songs.layouts,
     )

@@ -87,15 +87,19 @@ class AudioFile:
         file: StoredFile | str | os.PathLike[str],
         *,
         fetch_whole: bool = True,
-        min_decoded: float = MIN_DECODED,
+        min_decoded: float | None = None,
     ):
         """`fetch_whole=False` reads an object of any size by ranges and believes its header: for a look at that.
 
-        `min_decoded` is the share of a window that must decode, 0 to 1.
+        `min_decoded` is the share of a window that must decode, 0 to 1, by a flag of this name, which the error then
+        names; None takes `MIN_DECODED`.
         """
         self._source = AudioSource(file, WHOLE_FETCH_BYTES if fetch_whole else 0)
         self._headers_only = not fetch_whole
-        self._min_decoded = min_decoded
+        self._min_decoded = MIN_DECODED if min_decoded is None else min_decoded
+        self._limit = (
+            f"{MIN_DECODED:.0%} must" if min_decoded is None else f"--min_decoded is {min_decoded:g}"
+        )
         self._level: Level | None = None
         self._damage = ""
         self.decoded_share = None
@@ -168,7 +172,7 @@ class AudioFile:
             raise AudioError(
                 RejectReason.CORRUPT,
                 f"only {decoded / rate:.1f} s can be decoded{place} of the {expected / rate:.1f} s that the file "
-                f"promises: {share:.1%}, --min_decoded is {self._min_decoded:g}, the damage begins at "
+                f"promises: {share:.1%}, {self._limit}, the damage begins at "
                 f"{found.lost_at / rate:.1f} s{found.failure}: {self._source.name}",
             )
         self._damage = (

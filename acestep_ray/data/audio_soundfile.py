@@ -11,7 +11,7 @@ import soxr
 
 from acestep_ray.data.audio_layout import ByteReader, Decoded, Layout, Piece, Span, tag_length
 from acestep_ray.data.audio_source import AudioSource
-from acestep_ray.data.audio_survey import flac_layout, open_view, survey
+from acestep_ray.data.audio_survey import behind_tags, flac_layout, open_view, survey
 
 # Samples of all channels that are decoded at once: 4 MB. Fewer cost time in MP3 files, where each read seeks.
 _BLOCK_SAMPLES = 1 << 20
@@ -31,6 +31,7 @@ class SoundfileDecoder:
     ):
         """`is_open`: whether the layout is still to be found, once a window reaches the end that the header claims."""
         self._source, self._file, self._layout = source, file, layout
+        self._is_mended = False
         self._current: tuple[int, _Stream] | None = None
         """Span that was read last."""
         self._is_open = is_open and layout is None
@@ -113,7 +114,9 @@ class SoundfileDecoder:
         if self._is_open and (self._claimed is None or start + limit > self._claimed):
             self._complete()
         if self._stream is None:
-            return self._read_spans(start, limit)
+            found = self._read_spans(start, limit)
+            damaged = found.lost > found.missing and found.failure
+            return self._read_spans(start, limit) if damaged and self._mended() else found
         total = self._total if self._layout is not None else self._stream.file.frames
         wanted = max(0, min(limit, total - start))
         samples, failure = self._stream.read(start, wanted, self._source.size)
@@ -133,9 +136,10 @@ class SoundfileDecoder:
 
     def _mended(self) -> bool:
         """Whether a closer look at a damaged file shows more of it."""
-        if self._file is None or self._file.format != "FLAC":
+        if self._is_mended or _flac_start(self._source) is None:
             return False
-        layout = flac_layout(self._source, None, _flac_start(self._source), damaged=True)
+        self._is_mended = True
+        layout = flac_layout(self._source, None, _flac_start(self._source) or 0, damaged=True)
         if layout is not None:
             self._use(layout)
         return layout is not None
@@ -223,9 +227,10 @@ def _put(part: np.ndarray, target: np.ndarray) -> None:
         target[: len(part)] = part
 
 
-def _flac_start(source: AudioSource) -> int:
-    head = source.read_at(0, 4)
-    return 0 if head == b"fLaC" else max(0, source.read_at(0, 1 << 24).find(b"fLaC\0\0\0\x22"))
+def _flac_start(source: AudioSource) -> int | None:
+    """Where a FLAC file begins, behind tags; None for another file."""
+    start = behind_tags(source)
+    return start if source.read_at(start, 4) == b"fLaC" else None
 
 
 class _Stream:

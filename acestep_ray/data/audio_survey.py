@@ -42,7 +42,7 @@ def survey(source: AudioSource, file: soundfile.SoundFile | None, *, headers_onl
         return _pcm_layout(source, file, samples)
     if headers_only and file is not None:
         return None
-    start = _behind_tags(source)
+    start = behind_tags(source)
     if (head if start == 0 else source.read_at(start, 4))[:4] == b"fLaC":
         return flac_layout(source, file, start)
     if head[:4] == b"OggS" or (start and source.read_at(start, 4) == b"OggS"):
@@ -54,7 +54,8 @@ def survey(source: AudioSource, file: soundfile.SoundFile | None, *, headers_onl
     return None
 
 
-def _behind_tags(source: AudioSource) -> int:
+def behind_tags(source: AudioSource) -> int:
+    """Where a file begins behind its tags; 0 if nothing is there."""
     reader, position = ByteReader(source.read_at, source.size), 0
     for _ in range(8):
         length = tag_length(reader, position)

@@ -161,9 +161,9 @@ def scan(songs: SongTable, recipe: Recipe, tokenizer: LyricTokenizer, folder: St
         scanned=scanned,
         wall_seconds=time.monotonic() - started,
         warnings=[
+            *_warnings_of(usable),
             *songs.warnings,
             *lyric_warnings(songs, tokenizer, {reject.key for reject in rejects}),
-            *_warnings_of(usable),
         ],
         layouts=songs.layouts,
     )

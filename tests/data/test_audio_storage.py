@@ -113,6 +113,23 @@ def test_of_a_large_object_only_the_window_is_read(store, monkeypatch, suffix, s
     assert CountedReads.count < share * len(content)
 
 
+@pytest.mark.parametrize("suffix", ["mp3", "flac", "ogg", "opus"])
+def test_a_large_object_of_several_files_is_read_to_its_end(store, monkeypatch, suffix):
+    monkeypatch.setattr(audio, "WHOLE_FETCH_BYTES", 10_000)
+    path, _ = store(suffix)
+    path.write_bytes(path.read_bytes() * 2)
+    fsspec.filesystem("memory").pipe_file("/songs/twice", path.read_bytes())
+    file = StoredFile.at("memory://songs/twice")
+    with AudioFile(path) as local, AudioFile(file) as audio_file:
+        expected = local.read(0, 240)
+        rate = local.sample_rate
+        np.testing.assert_array_equal(audio_file.read(1, 1), expected[:, rate : 2 * rate])
+        np.testing.assert_allclose(audio_file.read(3, 2), expected[:, 3 * rate : 5 * rate], atol=2e-3)
+        np.testing.assert_array_equal(audio_file.read(0, 240), expected)
+        assert audio_file.duration_seconds == local.duration_seconds == pytest.approx(8, abs=0.01)
+        assert audio_file.warnings == local.warnings
+
+
 def test_the_header_of_an_object_is_looked_at_without_fetching_it(store, requests):
     _, file = store("flac")
     assert probe_seconds(file) == 4.0

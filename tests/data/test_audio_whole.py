@@ -196,7 +196,8 @@ def test_damage_in_the_middle_of_an_mp3_is_silence_of_its_length(tmp_path):
 def test_the_share_that_must_decode_is_chosen(tmp_path):
     whole = mp3(20)
     cut = whole[: int(0.8 * len(whole))]
-    error = refusal(tmp_path / "song.mp3", cut)
+    assert "95% must" in str(refusal(tmp_path / "song.mp3", cut))
+    error = refusal(tmp_path / "song.mp3", cut, min_decoded=0.95)
     assert error.reason is RejectReason.CORRUPT
     assert "of the 20.0 s" in str(error)
     assert "--min_decoded is 0.95" in str(error)
@@ -348,6 +349,17 @@ def test_damaged_frames_of_a_flac_are_silence_of_their_length(tmp_path):
     assert 0.001 < differs.mean() < 0.03
     assert not samples[:, differs].any()
     assert "of it decodes" in warnings[0]
+
+
+def test_a_flac_that_is_damaged_and_counts_wrongly_is_mended_too(tmp_path):
+    whole = flac(12)
+    damaged = bytearray(with_flac_total(whole, 5 * RATE))
+    damaged[len(whole) // 2] ^= 0xFF
+    samples, warnings = read(tmp_path / "song.flac", bytes(damaged))
+    differs = (samples != plain(whole)).any(axis=0)
+    assert 0 < differs.mean() < 0.02
+    np.testing.assert_array_equal(samples[:, -2 * RATE :], plain(whole)[:, -2 * RATE :])
+    assert len(warnings) == 2
 
 
 def test_a_flac_that_was_cut_off_is_refused_or_used_as_far_as_it_goes(tmp_path):

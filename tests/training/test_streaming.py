@@ -180,6 +180,26 @@ def test_a_song_whose_storage_failed_is_scanned_in_every_run(scan_recipe, songs)
     assert again == first
 
 
+def test_a_scan_measures_a_song_by_its_content_and_tells_of_its_header(scan_recipe, tmp_path):
+    place = write_songs(tmp_path / "dataset", {"alpha": 4.0, "beta": 3.0})
+    content = bytearray((place / "alpha.wav").read_bytes())
+    data = content.index(b"data") + 4
+    content[data : data + 4] = bytes(4)  # as of a recorder that lost power
+    (place / "alpha.wav").write_bytes(content)
+    beta = (place / "beta.wav").read_bytes()
+    (place / "beta.wav").write_bytes(beta[: int(0.9 * len(beta))])
+    recipe, tokenizer = scan_recipe
+    strict, _ = scan_again(place, None, recipe, tokenizer)
+    found = {row["key"]: row for row in strict.to_pylist()}
+    assert found["alpha"]["samples"] == 4 * 48_000
+    assert found["alpha"]["warning"] == "its header counts 0 bytes of samples, 705,600 are there"
+    assert found["beta"]["reason"] == "corrupt"
+    loose, scanned = scan_again(place, strict, replace(recipe, min_decoded=0.8), tokenizer)
+    assert scanned == 4
+    found = {row["key"]: row for row in loose.to_pylist()}
+    assert "promises 3.0 s" in found["beta"]["warning"]
+
+
 # --- what is given to train --------------------------------------------------------------------------------
 
 
