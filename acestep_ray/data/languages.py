@@ -43,15 +43,17 @@ _USUAL = {
     "flemish": "nl",
 }
 # In tables `nan` and `na` are empty cells, not Min Nan and Nauruan.
-_OPEN = frozenset(
+_OPEN_WORDS = (
     "|unknown|unk|und|undefined|undetermined|unspecified|not specified|?|??|???|auto|automatic|detect|autodetect"
     "|auto-detect|default|none|null|nil|nan|na|<na>|n/a|-|–|—|mixed|mix|multi|multiple|multilingual|bilingual|mul|mis|zxx"
-    "|other|various|any|all|false|no language".split("|")
+    "|other|various|any|all|false|no language"
 )
-_INSTRUMENTAL = frozenset(
+_OPEN = frozenset(_OPEN_WORDS.split("|"))
+_INSTRUMENTAL_WORDS = (
     "instrumental|[instrumental]|(instrumental)|inst|inst.|[inst]|instr|no lyrics|no vocals|no vocal|without vocals"
-    "|纯音乐|純音樂".split("|")
+    "|纯音乐|純音樂"
 )
+_INSTRUMENTAL = frozenset(_INSTRUMENTAL_WORDS.split("|"))
 _BETWEEN_LANGUAGES = re.compile(r"\s*(?:[,;/+&|、，]|\band\b|\bund\b|\bet\b)\s*", re.IGNORECASE)
 _BEHIND_NAME = re.compile(
     r"(?:\s*[(\[（][^()\[\]（）]*[)\]）]|\s+(?:language|lyrics|vocals?|songs?))\s*$", re.IGNORECASE
