@@ -25,6 +25,8 @@ _USUAL = {
     "ir": "fa",
     "brazilian": "pt",
     "mandarin": "zh",
+    "zhongwen": "zh",
+    "nihongo": "ja",
     "putonghua": "zh",
     "普通话": "zh",
     "國語": "zh",
@@ -40,70 +42,27 @@ _USUAL = {
     "nynorsk": "no",
     "flemish": "nl",
 }
-_OPEN = frozenset(
-    {
-        *(
-            "",
-            "unknown",
-            "unk",
-            "und",
-            "undefined",
-            "undetermined",
-            "unspecified",
-            "not specified",
-            "?",
-            "??",
-            "???",
-        ),
-        *(
-            "auto",
-            "automatic",
-            "detect",
-            "autodetect",
-            "auto-detect",
-            "default",
-            "none",
-            "null",
-            "nil",
-            "nan",
-            "na",
-        ),
-        *(
-            "n/a",
-            "-",
-            "–",
-            "—",
-            "mixed",
-            "mix",
-            "multi",
-            "multiple",
-            "multilingual",
-            "bilingual",
-            "mul",
-            "mis",
-            "zxx",
-        ),
-        *("other", "various", "any", "all", "false", "<na>", "no", "no language"),
-    }
-) - {"no"}  # Norwegian
-_INSTRUMENTAL = frozenset(
-    {
-        *(
-            "instrumental",
-            "[instrumental]",
-            "(instrumental)",
-            "inst",
-            "inst.",
-            "[inst]",
-            "instr",
-            "no lyrics",
-            "no vocals",
-        ),
-        *("no vocal", "without vocals", "vocalless", "纯音乐", "純音樂"),
-    }
+# In tables `nan` and `na` are empty cells, not Min Nan and Nauruan.
+_OPEN_WORDS = (
+    "|unknown|unk|und|undefined|undetermined|unspecified|not specified|?|??|???|auto|automatic|detect|autodetect"
+    "|auto-detect|default|none|null|nil|nan|na|<na>|n/a|-|–|—|mixed|mix|multi|multiple|multilingual|bilingual|mul|mis|zxx"
+    "|other|various|any|all|false|no language"
 )
+_OPEN = frozenset(_OPEN_WORDS.split("|"))
+_INSTRUMENTAL_WORDS = (
+    "instrumental|[instrumental]|(instrumental)|inst|inst.|[inst]|instr|no lyrics|no vocals|no vocal|without vocals"
+    "|纯音乐|純音樂"
+)
+_INSTRUMENTAL = frozenset(_INSTRUMENTAL_WORDS.split("|"))
 _BETWEEN_LANGUAGES = re.compile(r"\s*(?:[,;/+&|、，]|\band\b|\bund\b|\bet\b)\s*", re.IGNORECASE)
-_BEHIND_NAME = re.compile(r"\s*[(\[（][^()\[\]（）]*[)\]）]\s*$")
+_BEHIND_NAME = re.compile(
+    r"(?:\s*[(\[（][^()\[\]（）]*[)\]）]|\s+(?:language|lyrics|vocals?|songs?))\s*$", re.IGNORECASE
+)
+# Of names: in all languages of the world most short words are the name of one.
+_NAMING_LANGUAGES = (
+    *("en", "de", "fr", "es", "it", "pt", "pl", "tr", "ru", "cs", "nl", "ar", "zh", "ja", "hu", "ko", "hi"),
+    *("uk", "sv", "da", "nb", "no", "fi", "el", "he", "th", "vi", "id", "ro"),
+)
 _TAG = re.compile(r"[a-z]{2,3}(?:-[a-z0-9]{1,8})*")
 _LISTED = "en, de, fr, es, it, pt, pl, tr, ru, cs, nl, ar, zh, ja, hu, ko, hi, …"
 
@@ -145,7 +104,7 @@ def _code_of(plain: str) -> str | None:
     import langcodes
     from langcodes.tag_parser import LanguageTagError
 
-    plain = _BEHIND_NAME.sub("", plain).removesuffix(" language").strip()
+    plain = _BEHIND_NAME.sub("", plain)
     if plain in _USUAL:
         return _USUAL[plain]
     tag = plain.replace("_", "-").partition(".")[0]
@@ -160,6 +119,20 @@ def _code_of(plain: str) -> str | None:
         if language and langcodes.Language.make(language).is_valid():
             return language
     try:
-        return langcodes.find(plain).prefer_macrolanguage().language
+        found = langcodes.find(plain)
     except LookupError:
         return None
+    return found.prefer_macrolanguage().language if _is_named(found.to_tag(), plain) else None
+
+
+def _is_named(code: str, plain: str) -> bool:
+    """Whether a language has this name as a whole; the lookup also takes `cantopop` for Cant."""
+    from language_data.names import code_to_names, normalize_name
+
+    names = code_to_names(code)
+    own = (code, code.partition("-")[0])
+    return any(
+        normalize_name(name) == normalize_name(plain)
+        for language, name in names.items()
+        if language.partition("-")[0] in (*own, *_NAMING_LANGUAGES)
+    )

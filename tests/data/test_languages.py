@@ -61,7 +61,9 @@ def test_what_names_no_single_language_leaves_it_open(name):
     assert language_code(name) == ""
 
 
-@pytest.mark.parametrize("name", ["xx", "z", "1", "nonsense", "foo/bar", "lyrics"])
+@pytest.mark.parametrize(
+    "name", ["xx", "z", "1", "nonsense", "foo/bar", "lyrics", "male", "cantopop", "deutsch2"]
+)
 def test_nonsense_is_an_error_that_lists_codes(name):
     with pytest.raises(InputError, match="no language is called") as raised:
         language_code(name)

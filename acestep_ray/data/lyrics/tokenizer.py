@@ -46,7 +46,8 @@ _NO_LYRICS_ID = 0
 _START, _SPACE, _UNKNOWN = "[START]", "[SPACE]", "[UNK]"
 _LANGUAGE_TOKENS = {language: f"[{'zh-cn' if language == 'zh' else language}]" for language in LANGUAGES}
 _REQUIRED_TOKENS = (_START, _SPACE, _UNKNOWN, *_LANGUAGE_TOKENS.values())
-# Part of the fingerprint: raise it whenever the same lyrics and vocabulary give other ids than before.
+# Part of the fingerprint: raise it whenever the same lyrics and vocabulary give other ids than before. Lyrics here are
+# what `read_lyric_text` returns, which is part of a song's identity itself.
 _RULES_VERSION = 2
 
 # What the vocabulary of the tiny checkpoint is made of.
