@@ -18,6 +18,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from acestep_ray.config.paths import expanded_setting, is_path_setting
 from acestep_ray.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, AceStepError, InputError
 from acestep_ray.flags import (
     Switches,
@@ -33,8 +34,6 @@ from acestep_ray.terminal import VERBOSE, show_error, show_summary
 
 # Settings that say where results go.
 _RESULTS = ("output_dir", "output_path", "exp_dir", "logger_dir", "checkpoints_dir")
-# How the names of settings end that are paths.
-_PATHS = ("_path", "_dir")
 # Folder in which Ray unpacks what `ray job submit --working-dir` has uploaded.
 _RAY_COPIES = "working_dir_files"
 # Where torchao is installed, these warn of it whatever is imported.
@@ -129,7 +128,8 @@ def run(parsed: Namespace) -> None:
 
 def run_job(job: Job, settings: Namespace) -> None:
     """Call a job with its settings."""
-    values = {name: value for name, value in settings.as_dict().items() if name != "config"}
+    given = {name: value for name, value in settings.as_dict().items() if name != "config"}
+    values = {name: expanded_setting(name, value) for name, value in given.items()}
     check_filled(job, values)
     check_places(values, Path.cwd())
     finish(load(job.target)(job.config(**values)))
@@ -155,7 +155,7 @@ def check_filled(job: Job, values: Mapping[str, Any]) -> None:
                 where=flag,
                 fix="give a value in the settings file, or leave the line out",
             )
-        if value == "" and field.name.endswith(_PATHS):
+        if value == "" and is_path_setting(field.name):
             raise InputError("the path is empty", where=flag, fix="give one; . is the working directory")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from acestep_ray import __version__
 from acestep_ray.config.groups import Groups
@@ -31,6 +32,8 @@ from acestep_ray.jobs import (
     REPORT_HELP,
     Job,
 )
+from acestep_ray.paths import expand_home
+from acestep_ray.plain_text import decode_text
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.terminal import show_error
 from acestep_ray.terminal.help import help_text, show_help
@@ -67,6 +70,10 @@ class Parser(ArgumentParser):
         self.required = frozenset(required)
         self.command = f"acestep-ray {command}".rstrip()
         super().__init__(prog=self.command, allow_abbrev=False, **options)
+
+    def parse_path(self, path: Any, *arguments: Any, **options: Any) -> Namespace:
+        """Settings of a file in any encoding that its byte order mark names; the base class takes the locale's."""
+        return self.parse_string(read_settings(os.fspath(path)), os.fspath(path), *arguments, **options)
 
     def format_help(self, *_: Any) -> str:
         return help_text(self).plain
@@ -281,7 +288,7 @@ def check_settings_files(arguments: Sequence[str]) -> None:
             continue
         try:
             settings = load_yaml(read_settings(path))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"cannot read the settings file ({reason})", where=f"--config {path}") from None
         if not isinstance(settings, dict):
@@ -291,12 +298,12 @@ def check_settings_files(arguments: Sequence[str]) -> None:
 
 
 def read_settings(path: str) -> str:
-    """The text of a settings file, a path or a URL."""
+    """The text of a settings file, a path or a URL. Raises OSError, and ValueError for what is no text."""
     if "://" not in path:
-        return Path(path).read_text(encoding="utf-8")
+        return decode_text(Path(expand_home(path)).read_bytes())
     from acestep_ray.storage import StoredFile
 
-    return StoredFile.at(path).read_bytes().decode()
+    return decode_text(StoredFile.at(path).read_bytes())
 
 
 def with_underscores(argument: str) -> str:

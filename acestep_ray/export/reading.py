@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from acestep_ray.errors import InputError
 from acestep_ray.export.names import unflattened
+from acestep_ray.paths import expand_home
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -131,7 +133,7 @@ class LoraFile:
 
 def find_lora_file(path: str | Path) -> Path:
     """The LoRA file that `path` names: itself, or the one in that directory. Raises InputError."""
-    path = Path(path)
+    path = Path(expand_home(os.fspath(path)))
     if path.is_file():
         return path
     for name in (LORA_FILE, PEFT_FILE):

@@ -18,6 +18,9 @@ from acestep_ray.diffusion.solvers import SCHEDULERS
 from acestep_ray.errors import InputError
 from acestep_ray.generation.song import Song
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
+from acestep_ray.paths import expand_home
+from acestep_ray.plain_text import read_text
+from acestep_ray.storage import is_url
 
 MAX_DURATION = 240.0
 
@@ -78,7 +81,7 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
     """
     where = f"--batch_path {path}"
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"cannot read the songs ({error})", where=where, fix="give a file with one JSON object a line"
@@ -128,15 +131,28 @@ def read_lyrics(lyrics: str, folder: Path) -> str:
     looks_like_a_path = "\n" not in lyrics and len(lyrics) < 1024
     if not looks_like_a_path or not lyrics.strip():
         return lyrics
-    path = folder / lyrics
+    path = folder / _with_home(lyrics)
     if not os.path.isfile(path):
         if path.suffix.lower() in (".txt", ".lyrics"):
             raise InputError(f"no such file ({path})", fix="give the lyrics, or a file that holds them")
         return lyrics
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the lyrics of {path} ({error})", fix="save as UTF-8") from None
+
+
+def _with_home(path: str) -> str:
+    """A path with its home folder, or the words as they are: lyrics may begin with `~`."""
+    try:
+        return expand_home(path)
+    except InputError:
+        return path
+
+
+def _speaker_place(folder: Path, name: str) -> str | Path:
+    """Where a speaker embedding is that a row names: relative to the folder of the file, or a URL."""
+    return name if is_url(name) else folder / expand_home(name)
 
 
 def parse_seeds(value: int | str | list[Any]) -> list[int]:
@@ -222,7 +238,7 @@ class _SettingsReader:
 
     def _speaker(self, name: str) -> list[float]:
         try:
-            return load_speaker_embedding(self.folder / name, self.speaker_dim).tolist()
+            return load_speaker_embedding(_speaker_place(self.folder, name), self.speaker_dim).tolist()
         except SpeakerEmbeddingError as error:
             raise InputError(str(error)) from None
 

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from acestep_ray.errors import InputError, without_password
+from acestep_ray.paths import expand_home, expand_home_in_uri
 from acestep_ray.storage import is_url
+from acestep_ray.tracking.local_database import (
+    absolute_sqlite_uri,
+    artifact_location,
+    database_of,
+    make_parent_folder,
+    ready_database,
+    same_run,
+    sqlite_uri,
+)
 
 OFF = "none"
 CHANGED_PARAM = "resumed."
@@ -75,7 +85,9 @@ def mlflow_uri(tracking_uri: str | None, logger_dir: str | Path) -> str | None:
             where=f"--logger_dir {logger_dir}",
             fix="give --tracking_uri with the address of an MLflow server, or `none`",
         )
-    return tracking_uri or f"sqlite:///{Path(logger_dir).resolve()}/mlflow.db"
+    if tracking_uri is None:
+        return sqlite_uri(Path(expand_home(str(logger_dir))).resolve() / "mlflow.db")
+    return absolute_sqlite_uri(expand_home_in_uri(tracking_uri))
 
 
 def start_mlflow_run(
@@ -100,7 +112,7 @@ def start_mlflow_run(
     values = {name: without_password(str(value))[:PARAM_CHARACTERS] for name, value in params.items()}
     labels = {name: value[:TAG_CHARACTERS] for name, value in (tags or {}).items()}
     try:
-        with short_requests(uri, REQUEST_SECONDS):
+        with short_requests(uri, REQUEST_SECONDS), ready_database(uri, run_id):
             client = MlflowClient(uri)
             if run_id is not None:
                 if _continue_run(client, run_id, values, labels):
@@ -122,6 +134,20 @@ def start_mlflow_run(
             where=f"--tracking_uri {without_password(uri)}",
             fix=_CREDENTIALS_FIX if is_refused(error) else "check the address, or `none`",
         ) from None
+
+
+def located_run(run: MLflowRun, uri: str | None, *, beside: Path | None = None) -> MLflowRun | None:
+    """A noted run where it is now: at `uri` or in the database `beside`, if its folder was moved or copied.
+
+    None where it was in a database on a disk that is gone.
+    """
+    noted = database_of(run.tracking_uri)
+    if noted is None:
+        return run
+    for here in (uri, None if beside is None else sqlite_uri(beside)):
+        if here is not None and same_run(run.tracking_uri, run.run_id, here) is not None:
+            return MLflowRun(here, run.run_id)
+    return run if noted.is_file() else None
 
 
 def end_mlflow_run(run: MLflowRun, status: str, *, say: Say = print) -> None:
@@ -146,10 +172,9 @@ def _make_run(
 
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        location = None
-        if uri.startswith("sqlite:///"):  # otherwise artifacts go to the folder the driver happens to be in
-            database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-            location = str(database.resolve().parent / "mlruns" / experiment)
+        database = database_of(uri)
+        # Otherwise artifacts go to the folder the driver happens to be in.
+        location = None if database is None else artifact_location(database, experiment)
         experiment_id = client.create_experiment(experiment, artifact_location=location)
     else:
         experiment_id = found.experiment_id
@@ -196,7 +221,7 @@ def short_requests(uri: str, seconds: int) -> Iterator[None]:
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
     # Defaults in memory, not `os.environ`: other threads of a training process read the environment in C.
-    values: list[tuple[object, str, int]] = [
+    values: list[tuple[object, str, object]] = [
         (MLFLOW_HTTP_REQUEST_MAX_RETRIES, "default", 0),
         (MLFLOW_HTTP_REQUEST_TIMEOUT, "default", seconds),
     ]
@@ -204,6 +229,8 @@ def short_requests(uri: str, seconds: int) -> Iterator[None]:
         from mlflow.store.db import utils
 
         values.append((utils, "MAX_RETRY_COUNT", 1))
+        if "%" in uri and hasattr(utils, "_make_parent_dirs_if_sqlite"):
+            values.append((utils, "_make_parent_dirs_if_sqlite", make_parent_folder))
     with _short_requests, contextlib.ExitStack() as restored:
         for owner, name, value in values:
             restored.callback(setattr, owner, name, getattr(owner, name))

@@ -26,7 +26,10 @@ from acestep_ray.tracking import (
     MLflowRun,
     Tracker,
     environment_tags,
+    located_run,
+    mlflow_command,
     mlflow_uri,
+    same_run,
     start_mlflow_run,
 )
 from acestep_ray.training.checks import check_model, check_train_config
@@ -109,7 +112,7 @@ class TrainSummary:
         rows.append(("result", self.result))
         rows += [("sample", path) for path in self.samples[-1:]]
         if self.tracking_uri is not None:
-            rows.append(("MLflow", f"mlflow ui --backend-store-uri {self.tracking_uri}"))
+            rows.append(("MLflow", mlflow_command(self.tracking_uri)))
         return fact_table(rows)
 
 
@@ -162,7 +165,7 @@ def train(config: TrainConfig) -> TrainSummary:
             losses = run_workers(prepare_experiment(experiment, settings, tracking_uri, identity), use_gpu)
         else:
             losses = done
-            send_what_was_kept(experiment, settings)
+            send_what_was_kept(experiment, settings, tracking_uri)
     return TrainSummary(
         steps=losses["step"],
         first_loss=losses.get("first", math.nan),
@@ -212,7 +215,7 @@ def prepare_experiment(
     if tracking_uri is None:
         return settings
     known = read_json(experiment, MLFLOW_FILE) or {}
-    run_id = known.get("run_id") if known.get("tracking_uri") == tracking_uri else None
+    run_id = same_run(known.get("tracking_uri"), known.get("run_id"), tracking_uri)
     fingerprints = {f"fingerprint.{name}": str(identity[key]) for name, key in FINGERPRINTS.items()}
     tags = {**environment_tags(), **fingerprints}
     run = start_mlflow_run(tracking_uri, "acestep-ray", settings.config.exp_name, values, run_id, tags=tags)
@@ -239,8 +242,10 @@ def find_samples(samples: Store) -> list[Path | str]:
     return [samples.place_of(name) for _, name in sorted(by_step)]
 
 
-def send_what_was_kept(experiment: Store, settings: WorkerSettings) -> None:
+def send_what_was_kept(experiment: Store, settings: WorkerSettings, tracking_uri: str | None) -> None:
     """Send the metrics of a finished run that MLflow did not take while it ran."""
     noted = read_json(experiment, MLFLOW_FILE)
     if noted is not None and settings.log_dir.status(BUFFER_FILE) is not None:
-        Tracker(settings.log_dir, MLflowRun(**noted), first_step=settings.total_steps + 1).close()
+        run = located_run(MLflowRun(**noted), tracking_uri)
+        if run is not None:
+            Tracker(settings.log_dir, run, first_step=settings.total_steps + 1).close()

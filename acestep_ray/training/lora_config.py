@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from torch import nn
 
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import ADAPTER_NAME
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import StoredFile
 
 DEFAULT_LORA = {
@@ -123,14 +123,14 @@ def read_lora_config(path: str | Path) -> dict[str, Any]:
     """
     file = StoredFile.at(path)
     try:
-        values = json.loads(file.read_bytes().decode())
+        values = load_json(file.read_bytes())
     except FileNotFoundError:
         raise InputError(
             "no such LoRA configuration",
             where=f"--lora_config_path {file}",
             fix="give the path of a JSON file",
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read the LoRA configuration ({error})", where=str(file), fix="it must be one JSON object"
         ) from None

@@ -16,7 +16,7 @@ from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.ray_runtime import StopSignal, connect, wait_for_first_node
 from acestep_ray.storage import Store
-from acestep_ray.tracking import mlflow_uri
+from acestep_ray.tracking import mlflow_uri, same_run
 from acestep_ray.training.checks import check_model, check_train_config
 from acestep_ray.training.experiment import (
     MLFLOW_FILE,
@@ -185,7 +185,9 @@ def held_out_songs(found: Songs, base: TrainConfig) -> tuple[int, ...]:
 def begin_parent(runs: SearchRuns, config: TuneConfig, space: Space, folder: Store) -> None:
     """Make or go on with the search's MLflow run, noted in its folder."""
     known = read_json(folder, MLFLOW_FILE) or {}
-    run_id = known.get("run_id") if known.get("tracking_uri") == runs.uri else None
+    run_id = None
+    if runs.uri is not None:
+        run_id = same_run(known.get("tracking_uri"), known.get("run_id"), runs.uri)
     params = {**asdict(config), **{f"space.{name}": text for name, text in space.describe().items()}}
     run_id = runs.begin(params, run_id)
     if run_id is not None:
