@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 
@@ -30,7 +31,7 @@ from acestep_ray.flags import (
     with_underscores,
 )
 from acestep_ray.jobs import CACHE_ACTIONS, CHECKPOINT_ACTIONS, EXPORT_ACTIONS, JOBS, Job
-from acestep_ray.terminal import VERBOSE, show_error, show_summary
+from acestep_ray.terminal import VERBOSE, guard_streams, replace_unencodable, show_error, show_summary
 
 # Settings that say where results go.
 _RESULTS = ("output_dir", "output_path", "exp_dir", "logger_dir", "checkpoints_dir")
@@ -42,11 +43,12 @@ _TALKATIVE = ("torch.utils._pytree", "diffusers.quantizers.torchao")
 
 def entry_point() -> None:
     """`acestep-ray …`: run and exit."""
-    sys.exit(main(sys.argv[1:]))
+    _exit_with(sys.argv[1:])
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0 done, 1 a fault, 2 a mistake in the input, 130 interrupted."""
+    replace_unencodable()
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     switches, arguments = Switches.taken_from(arguments)
@@ -99,7 +101,32 @@ def shown_logs(verbose: bool) -> Iterator[None]:
 
 def run_pipeline(job: str) -> None:
     """What a file in `pipelines/` does: the flags of `acestep-ray JOB`, and its exit code."""
-    sys.exit(main([job, *sys.argv[1:]]))
+    _exit_with([job, *sys.argv[1:]])
+
+
+def _exit_with(arguments: Sequence[str]) -> None:
+    """Run a command and end this process with its exit code; a second Ctrl-C ends it at once."""
+    guard_streams()
+    try:
+        code = main(arguments)
+    except KeyboardInterrupt:  # a second one, while the first was handled
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
+        _end_interrupted()
+    sys.exit(code)
+
+
+def _end_interrupted() -> NoReturn:
+    """End Ray's processes and this one, also where threads are still at work."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
+    try:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(EXIT_INTERRUPTED)
 
 
 def run(parsed: Namespace) -> None:
