@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 
-from acestep_ray.config.paths import expanded_setting, is_path_setting
+from acestep_ray.config.paths import OUTPUTS, expanded_setting, is_path_setting
 from acestep_ray.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, AceStepError, InputError
 from acestep_ray.flags import (
     Switches,
@@ -33,8 +33,6 @@ from acestep_ray.flags import (
 from acestep_ray.jobs import CACHE_ACTIONS, CHECKPOINT_ACTIONS, EXPORT_ACTIONS, JOBS, Job
 from acestep_ray.terminal import VERBOSE, guard_streams, replace_unencodable, show_error, show_summary
 
-# Settings that say where results go.
-_RESULTS = ("output_dir", "output_path", "exp_dir", "logger_dir", "checkpoints_dir")
 # Folder in which Ray unpacks what `ray job submit --working-dir` has uploaded.
 _RAY_COPIES = "working_dir_files"
 # Where torchao is installed, these warn of it whatever is imported.
@@ -190,7 +188,7 @@ def check_places(values: Mapping[str, Any], working_dir: Path) -> None:
     """Raise InputError for results in the working directory of a Ray job, a copy that Ray deletes some day."""
     if _RAY_COPIES not in working_dir.parts:
         return
-    for name in _RESULTS:
+    for name in OUTPUTS:
         place = values.get(name)
         if place is not None and "://" not in place and not Path(place).is_absolute():
             raise InputError(

@@ -54,17 +54,15 @@ def split_paths(paths: str) -> list[str]:
     found: list[str] = []
     start = 0
     while start < len(parts):
-        end = next(
-            (
-                end
-                for end in range(len(parts), start + 1, -1)
-                if os.path.lexists(os.path.expanduser(",".join(parts[start:end]).strip()))
-            ),
-            start + 1,
-        )
-        found.append(",".join(parts[start:end]).strip())
+        for end in range(len(parts), start, -1):
+            path = ",".join(parts[start:end])
+            if not os.path.lexists(expand_home(path)):
+                path = path.strip()
+            if end == start + 1 or os.path.lexists(expand_home(path)):
+                break
+        found.append(expand_home(path))
         start = end
-    return [expand_home(path) for path in found if path]
+    return [path for path in found if path]
 
 
 def escape_path(path: str) -> str:

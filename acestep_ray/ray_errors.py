@@ -30,11 +30,11 @@ def check_address(address: str, *, own_address: Callable[[], str] | None = None)
         return
     scheme = address.partition("://")[0].lower() if "://" in address else ""
     if scheme in ("http", "https"):
-        host = _host_and_port(address.partition("://")[2].partition("/")[0], 8265)[0] or "HOST"
+        named = _host_and_port(address.partition("://")[2].partition("/")[0], 8265)[0] or "HOST"
         raise InputError(
             "this is the address of Ray's dashboard, which only `ray job submit` takes",
             where=where,
-            fix=f"give the cluster's own, such as {host}:6379, or submit the command as a job: "
+            fix=f"give the cluster's own, such as {named}:6379, or submit the command as a job: "
             "`ray job submit --address http://… -- acestep-ray …`",
         )
     if scheme == "ray":

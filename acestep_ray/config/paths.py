@@ -6,10 +6,13 @@ import os
 from dataclasses import fields
 from typing import Any
 
+from acestep_ray.names import check_output_place
 from acestep_ray.paths import expand_home, expand_home_in_list, expand_home_in_uri
 
 _ENDINGS = ("_path", "_dir")
 _OTHERS = frozenset(("songs", "space", "cache", "config"))
+OUTPUTS = ("output_dir", "output_path", "exp_dir", "logger_dir", "checkpoints_dir")
+"""Settings that say where results go."""
 _LISTS = frozenset(("lora_path", "models"))
 _URIS = frozenset(("tracking_uri",))
 
@@ -33,8 +36,11 @@ def expanded_setting(name: str, value: Any) -> Any:
 
 
 class PathSettings:
-    """Base of the settings dataclasses: expands `~` in their paths, from wherever the values come."""
+    """Base of the settings dataclasses: expands `~` in their paths, and checks the paths that are written to."""
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]  # its subclasses are dataclasses
-            setattr(self, field.name, expanded_setting(field.name, getattr(self, field.name)))
+            value = expanded_setting(field.name, getattr(self, field.name))
+            setattr(self, field.name, value)
+            if field.name in OUTPUTS and isinstance(value, str):
+                check_output_place(value, f"--{field.name}")
