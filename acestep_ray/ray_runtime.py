@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -22,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acestep_ray.autoscaling import bring_nodes
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.paths import shell_command
 from acestep_ray.ray_errors import check_address, explain_start
 from acestep_ray.terminal import is_terminal, is_verbose, replace_unencodable
 
@@ -91,10 +93,11 @@ def nodes_with(resource: str | None, flag: str) -> list[dict[str, Any]]:
     if not found and bring_nodes([share_of(resource)], lambda: bool(find())):
         return find()
     if not found:
+        resources = json.dumps({resource: 1})
         raise InputError(
             "no node of the Ray cluster has this resource",
             where=f"{flag} {resource}",
-            fix=f"start nodes with `ray start --resources '{{\"{resource}\": 1}}'`, or leave the flag out",
+            fix=f"start nodes with `{shell_command('ray', 'start', '--resources', resources)}`, or leave the flag out",
         )
     return found
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.plain_json import load_json
-from acestep_ray.storage import HeldError, Lease, StorageError, Store
+from acestep_ray.storage import HeldError, Lease, StorageError, Store, is_url
 
 IDENTITY_FILE = "run.json"
 SETTINGS_FILE = "train.yaml"
@@ -104,6 +104,17 @@ def check_unchanged(experiment: Folder, identity: Mapping[str, Any], *, allow_ch
 def note_identity(experiment: Folder, identity: Mapping[str, Any]) -> None:
     """Write down what the run is started, or goes on, with."""
     write_json(Store.at(experiment), IDENTITY_FILE, identity)
+
+
+def noted_place(value: str | None, experiment: Path) -> str | None:
+    """A path of a run's settings where it is now: relative to the working directory, or to the project of the run.
+
+    Settings note relative paths as they were given, and `exps/NAME` is where a project has its runs by default.
+    """
+    if value is None or is_url(value) or Path(value).is_absolute() or Path(value).exists():
+        return value
+    beside = experiment.absolute().parent.parent / value
+    return str(beside) if beside.exists() else value
 
 
 def read_json(folder: Store, name: str) -> Any:

@@ -15,6 +15,7 @@ import yaml
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.config import TrainConfig
+from acestep_ray.config.paths import is_path_setting
 from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.export.transformer import export_transformer
 from acestep_ray.models.checkpoint import CheckpointDir
@@ -122,7 +123,7 @@ def train(config: TrainConfig) -> TrainSummary:
     Raises InputError before work starts, and KeyboardInterrupt where the user ended it, with a checkpoint.
     """
     started = time.monotonic()
-    config = check_train_config(config)
+    given, config = config, check_train_config(config)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
     lora = None if config.lora_config_path is None else read_lora_config(config.lora_config_path)
     check_model(config, lora, checkpoint)
@@ -162,7 +163,9 @@ def train(config: TrainConfig) -> TrainSummary:
         done = finished_losses(settings)
         if done is None:
             note_identity(experiment, identity)
-            losses = run_workers(prepare_experiment(experiment, settings, tracking_uri, identity), use_gpu)
+            losses = run_workers(
+                prepare_experiment(experiment, settings, tracking_uri, identity, given), use_gpu
+            )
         else:
             losses = done
             send_what_was_kept(experiment, settings, tracking_uri)
@@ -207,11 +210,19 @@ def finished_losses(settings: WorkerSettings) -> dict[str, Any] | None:
 
 
 def prepare_experiment(
-    experiment: Store, settings: WorkerSettings, tracking_uri: str | None, identity: Mapping[str, Any]
+    experiment: Store,
+    settings: WorkerSettings,
+    tracking_uri: str | None,
+    identity: Mapping[str, Any],
+    given: TrainConfig | None = None,
 ) -> WorkerSettings:
-    """Note the run's settings, and begin or continue its MLflow run, with what it trains on and with."""
+    """Note the run's settings, and begin or continue its MLflow run, with what it trains on and with.
+
+    Paths are noted as they were `given`: relative ones hold where the project folder is moved to.
+    """
     values = asdict(settings.config)
-    experiment.write_bytes(SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False).encode())
+    paths = {} if given is None else {n: v for n, v in asdict(given).items() if is_path_setting(n)}
+    experiment.write_bytes(SETTINGS_FILE, yaml.safe_dump(values | paths, sort_keys=False).encode())
     if tracking_uri is None:
         return settings
     known = read_json(experiment, MLFLOW_FILE) or {}
