@@ -105,6 +105,9 @@ def run_pipeline(job: str) -> None:
 def _exit_with(arguments: Sequence[str]) -> None:
     """Run a command and end this process with its exit code; a second Ctrl-C ends it at once."""
     guard_streams()
+    # Scripts start background commands with SIGINT ignored; `kill -INT` should end them as Ctrl-C does.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main(arguments)
     except KeyboardInterrupt:  # a second one, while the first was handled

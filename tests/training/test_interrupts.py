@@ -47,15 +47,15 @@ def start(words: list[str], folder: Path, **variables: str) -> subprocess.Popen[
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
 
 
-def test_songs_are_trained_on_with_one_cpu(project, checkpoint_dir):
-    process = start(command(checkpoint_dir, "--max_steps", "2"), project, **ONE_CPU)
+def test_songs_are_trained_on_with_one_cpu(project, checkpoint):
+    process = start(command(checkpoint.path, "--max_steps", "2"), project, **ONE_CPU)
     assert process.wait(SECONDS) == 0, (project / "log").read_text()
     assert (project / "exps/run/checkpoints/step=2/state.json").exists()
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_ends_a_training_and_its_processes(times, project, checkpoint_dir):
-    process = start(command(checkpoint_dir, "--max_steps", "100000"), project)
+def test_ctrl_c_ends_a_training_and_its_processes(times, project, checkpoint):
+    process = start(command(checkpoint.path, "--max_steps", "100000"), project)
     until = time.monotonic() + SECONDS
     while not (project / "exps/run/songs.arrow").exists():
         assert time.monotonic() < until
