@@ -8,16 +8,18 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 
+from acestep_ray.config.paths import OUTPUTS, expanded_setting, is_path_setting
 from acestep_ray.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, AceStepError, InputError
 from acestep_ray.flags import (
     Switches,
@@ -31,12 +33,8 @@ from acestep_ray.flags import (
     with_underscores,
 )
 from acestep_ray.jobs import CACHE_ACTIONS, CHECKPOINT_ACTIONS, EXPORT_ACTIONS, JOBS, Job
-from acestep_ray.terminal import VERBOSE, show_error, show_summary
+from acestep_ray.terminal import VERBOSE, guard_streams, replace_unencodable, show_error, show_summary
 
-# Settings that say where results go.
-_RESULTS = ("output_dir", "output_path", "exp_dir", "logger_dir", "checkpoints_dir")
-# How the names of settings end that are paths.
-_PATHS = ("_path", "_dir")
 # Folder in which Ray unpacks what `ray job submit --working-dir` has uploaded.
 _RAY_COPIES = "working_dir_files"
 # Where torchao is installed, these warn of it whatever is imported.
@@ -45,11 +43,12 @@ _TALKATIVE = ("torch.utils._pytree", "diffusers.quantizers.torchao")
 
 def entry_point() -> None:
     """`acestep-ray …`: run and exit."""
-    sys.exit(main(sys.argv[1:]))
+    _exit_with(sys.argv[1:])
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0 done, 1 a fault, 2 a mistake in the input, 130 interrupted."""
+    replace_unencodable()
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     switches, arguments = Switches.taken_from(arguments)
@@ -102,7 +101,35 @@ def shown_logs(verbose: bool) -> Iterator[None]:
 
 def run_pipeline(job: str) -> None:
     """What a file in `pipelines/` does: the flags of `acestep-ray JOB`, and its exit code."""
-    sys.exit(main([job, *sys.argv[1:]]))
+    _exit_with([job, *sys.argv[1:]])
+
+
+def _exit_with(arguments: Sequence[str]) -> None:
+    """Run a command and end this process with its exit code; a second Ctrl-C ends it at once."""
+    guard_streams()
+    # Scripts start background commands with SIGINT ignored; `kill -INT` should end them as Ctrl-C does.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main(arguments)
+    except KeyboardInterrupt:  # a second one, while the first was handled
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
+        _end_interrupted()
+    sys.exit(code)
+
+
+def _end_interrupted() -> NoReturn:
+    """End Ray's processes and this one, also where threads are still at work."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
+    try:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(EXIT_INTERRUPTED)
 
 
 def run(parsed: Namespace) -> None:
@@ -133,7 +160,8 @@ def run(parsed: Namespace) -> None:
 
 def run_job(job: Job, settings: Namespace) -> None:
     """Call a job with its settings."""
-    values = {name: value for name, value in settings.as_dict().items() if name != "config"}
+    given = {name: value for name, value in settings.as_dict().items() if name != "config"}
+    values = {name: expanded_setting(name, value) for name, value in given.items()}
     check_filled(job, values)
     check_places(values, Path.cwd())
     finish(load(job.target)(job.config(**values)))
@@ -159,7 +187,7 @@ def check_filled(job: Job, values: Mapping[str, Any]) -> None:
                 where=flag,
                 fix="give a value in the settings file, or leave the line out",
             )
-        if value == "" and field.name.endswith(_PATHS):
+        if value == "" and is_path_setting(field.name):
             raise InputError("the path is empty", where=flag, fix="give one; . is the working directory")
 
 
@@ -167,7 +195,7 @@ def check_places(values: Mapping[str, Any], working_dir: Path) -> None:
     """Raise InputError for results in the working directory of a Ray job, a copy that Ray deletes some day."""
     if _RAY_COPIES not in working_dir.parts:
         return
-    for name in _RESULTS:
+    for name in OUTPUTS:
         place = values.get(name)
         if place is not None and "://" not in place and not Path(place).is_absolute():
             raise InputError(

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -30,7 +29,7 @@ from acestep_ray.jobs import (
     REPORT_HELP,
     Job,
 )
-from acestep_ray.parser import GROUPS, Parser
+from acestep_ray.parser import GROUPS, Parser, read_settings
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.terminal import show_error
 
@@ -266,7 +265,7 @@ def check_settings_files(arguments: Sequence[str]) -> None:
             continue
         try:
             settings = load_yaml(read_settings(path))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"cannot read the settings file ({reason})", where=f"--config {path}") from None
         if not isinstance(settings, dict):
@@ -286,15 +285,6 @@ def _refuse_setting(words: str, job: Job, name: str, path: str) -> NoReturn:
     lines = [f"`{words}` has no setting {name!r}: --config {path}", *hints]
     show_error("error", "\n  → ".join([*lines, f"acestep-ray {words} --help tells what it takes"]))
     sys.exit(EXIT_INPUT)
-
-
-def read_settings(path: str) -> str:
-    """The text of a settings file, a path or a URL."""
-    if "://" not in path:
-        return Path(path).read_text(encoding="utf-8")
-    from acestep_ray.storage import StoredFile
-
-    return StoredFile.at(path).read_bytes().decode()
 
 
 def with_underscores(argument: str) -> str:

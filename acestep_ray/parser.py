@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from acestep_ray.config.groups import Groups
 from acestep_ray.errors import EXIT_INPUT
 from acestep_ray.hints import Commands, command_hints, setting_hints
+from acestep_ray.paths import expand_home
+from acestep_ray.plain_text import decode_text
 from acestep_ray.terminal import show_error
 from acestep_ray.terminal.help import help_text, show_help
 
@@ -45,6 +49,10 @@ class Parser(ArgumentParser):
         self.required = frozenset(required)
         self.command = f"acestep-ray {command}".rstrip()
         super().__init__(prog=self.command, allow_abbrev=False, **options)
+
+    def parse_path(self, path: Any, *arguments: Any, **options: Any) -> Namespace:
+        """Settings of a file in any encoding that its byte order mark names; the base class takes the locale's."""
+        return self.parse_string(read_settings(os.fspath(path)), os.fspath(path), *arguments, **options)
 
     def format_help(self, *_: Any) -> str:
         return help_text(self).plain
@@ -97,6 +105,15 @@ class Parser(ArgumentParser):
         return [
             action.dest for action in self._actions if not action.option_strings and not _is_group(action)
         ]
+
+
+def read_settings(path: str) -> str:
+    """The text of a settings file, a path or a URL. Raises OSError, and ValueError for what is no text."""
+    if "://" not in path:
+        return decode_text(Path(expand_home(path)).read_bytes())
+    from acestep_ray.storage import StoredFile
+
+    return decode_text(StoredFile.at(path).read_bytes())
 
 
 def _is_group(action: argparse.Action) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from acestep_ray.plain_text import decode_text
+
 
 class _Loader(yaml.SafeLoader):
     """Aliases of aliases grow with every level, and `<<` copies what they name."""
@@ -24,6 +26,9 @@ class _Loader(yaml.SafeLoader):
 def load_yaml(content: str | bytes) -> Any:
     """What `content` says: mappings, lists, texts, numbers. Raises YAMLError, also for aliases and endless nesting."""
     try:
-        return yaml.load(content, Loader=_Loader)
+        text = content if isinstance(content, str) else decode_text(content)
+        return yaml.load(text.removeprefix("\ufeff"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise yaml.YAMLError(f"it is not UTF-8 text ({error})") from None
     except RecursionError:
         raise yaml.YAMLError("it is nested too deep") from None

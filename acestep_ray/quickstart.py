@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from acestep_ray.data.schema import open_dataset, row_recaption, row_tags, row_t
 from acestep_ray.device import resolve_device
 from acestep_ray.errors import InputError
 from acestep_ray.generation.job import GenerateSummary, MadeSong, generate
+from acestep_ray.paths import shell_command
 from acestep_ray.terminal import fact_table, show_summary
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.training.job import TrainSummary, train
@@ -213,11 +213,8 @@ def next_command(config: QuickstartConfig, made: GenerateConfig) -> str:
     """What a newcomer would type now."""
     if config.songs is None:
         return "make quickstart SONGS=path/to/your/songs"
-    return shlex.join(
-        [
-            "acestep-ray",
-            "generate",
-            *(f"--checkpoint_dir {made.checkpoint_dir} --lora_path {made.lora_path}").split(),
-            *("--prompt", made.prompt, "--output_path", "mine.wav"),
-        ]
+    return shell_command(
+        *("acestep-ray", "generate"),
+        *("--checkpoint_dir", made.checkpoint_dir, "--lora_path", made.lora_path),
+        *("--prompt", made.prompt, "--output_path", "mine.wav"),
     )

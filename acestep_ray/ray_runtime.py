@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import secrets
@@ -21,7 +23,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acestep_ray.autoscaling import bring_nodes
 from acestep_ray.errors import AceStepError, InputError
-from acestep_ray.terminal import is_terminal, is_verbose
+from acestep_ray.paths import shell_command
+from acestep_ray.ray_errors import check_address, explain_start
+from acestep_ray.terminal import is_terminal, is_verbose, replace_unencodable
 from acestep_ray.terminal.driver_stderr import filter_stderr
 
 # Of a custom resource that only marks nodes: a node with one of it has room for thousands.
@@ -32,7 +36,7 @@ def connect() -> None:
     """Join the cluster of $RAY_ADDRESS, which `ray job submit` sets, else start one here; joined already, do nothing.
 
     A cluster that happens to run on this machine is not joined unasked: it may be another job's, and end with it.
-    Raises InputError when the cluster of $RAY_ADDRESS does not answer.
+    Raises InputError when the cluster of $RAY_ADDRESS cannot be joined, or Ray cannot be started here.
     """
     if ray.is_initialized():
         return
@@ -46,21 +50,20 @@ def connect() -> None:
         filter_stderr()
     if not is_terminal(sys.stderr) or os.environ.get("NO_COLOR"):
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of what it shows of its workers
-    address = os.environ.get("RAY_ADDRESS")
+    replace_unencodable()
+    address = os.environ.get("RAY_ADDRESS") or None
     if address:
-        try:
-            ray.init(address=address, **logs)
-        except ConnectionError as error:
-            raise InputError(
-                "no Ray cluster answers",
-                where=f"{address} (from $RAY_ADDRESS)",
-                fix="start it, or unset $RAY_ADDRESS",
-            ) from error
-        _end_in_order()
-        return
-    # Ray would write a token to the home directory, where every later `ray start` would find it and ask for it.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(address="local", include_dashboard=False, **logs)
+        check_address(address, own_address=ray.util.get_node_ip_address)
+    if address in (None, "local"):
+        # Ray would write a token to the home directory, where every later `ray start` would find it and ask for it.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logs["include_dashboard"] = False
+    try:
+        ray.init(address=address or "local", **logs)
+    except Exception as error:  # Ray raises errors of many kinds for what the environment lacks
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        raise explain_start(error, None if address == "local" else address) from error
     _end_in_order()
 
 
@@ -93,10 +96,11 @@ def nodes_with(resource: str | None, flag: str) -> list[dict[str, Any]]:
     if not found and bring_nodes([share_of(resource)], lambda: bool(find())):
         return find()
     if not found:
+        resources = json.dumps({resource: 1})
         raise InputError(
             "no node of the Ray cluster has this resource",
             where=f"{flag} {resource}",
-            fix=f"start nodes with `ray start --resources '{{\"{resource}\": 1}}'`, or leave the flag out",
+            fix=f"start nodes with `{shell_command('ray', 'start', '--resources', resources)}`, or leave the flag out",
         )
     return found
 

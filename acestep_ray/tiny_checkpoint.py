@@ -38,6 +38,7 @@ from acestep_ray.models.codec import LATENT_SCALE, LATENT_SHIFT, SAMPLE_RATE, Mu
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.models.vocoder import Vocoder, VocoderConfig
+from acestep_ray.paths import expand_home
 
 LYRIC_VOCAB_SIZE = 512
 TEXT_DIM = 32
@@ -150,7 +151,7 @@ def write_tiny_checkpoint(directory: str | Path, seed: int = 0) -> CheckpointDir
 
     The directory appears whole or not at all. Raises `InputError` if it exists and is not empty.
     """
-    target = Path(directory)
+    target = Path(expand_home(os.fspath(directory)))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(
             "a tiny checkpoint is written to a new directory, this one is not empty",

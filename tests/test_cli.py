@@ -102,6 +102,24 @@ def test_environment_then_file_then_flags(jobs, monkeypatch, tmp_path):
     assert (config.learning_rate, config.max_steps) == (3e-3, 5)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_settings_file_may_begin_with_a_byte_order_mark_and_lie_in_the_home_folder(
+    encoding, jobs, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s.yaml").write_bytes("exp_dir: ~/é\n".encode(encoding))
+    for words in (["--config", "~/s.yaml"], ["--config=~/s.yaml"]):
+        assert parse(jobs, *words).exp_dir == f"{tmp_path}/é"
+
+
+def test_the_home_folder_is_expanded_in_flags_and_variables(jobs, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ACESTEP_TRAIN__LOGGER_DIR", "~/logs")
+    config = parse(jobs, "--exp_dir=~/exps", "--ckpt-path", "~/step=1", "--exp_name=~")
+    assert (config.exp_dir, config.ckpt_path) == (f"{tmp_path}/exps", f"{tmp_path}/step=1")
+    assert (config.logger_dir, config.exp_name) == (f"{tmp_path}/logs", "~")
+
+
 def test_a_settings_file_leaves_no_number_empty(jobs, capsys, tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text("max_steps:\nbatch_frames: null\n", encoding="utf-8")

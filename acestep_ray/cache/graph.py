@@ -153,7 +153,7 @@ class Graph:
         # Short lists let a small dataset spread over the cluster, and a large one needs no million of them.
         lists = self._write_lists(songs, min(_SONGS_PER_LIST, -(-count // int(4 * cpus))))
         shared: _Shared = {"root": self.root, "recipe": self.recipe, "budget": self.budget}
-        dataset: ray.data.Dataset = ray.data.from_arrow([pa.table({"list": [name]}) for name in lists])
+        dataset: ray.data.Dataset = ray.data.from_blocks([pa.table({"list": [name]}) for name in lists])
         dataset = dataset.map_batches(
             partial(_plan, cache=self.cache, per_task=batches_per_task(count, cpus), **shared),
             num_cpus=_PLAN_CPUS,

@@ -31,6 +31,7 @@ from acestep_ray.cache.schema import (
 )
 from acestep_ray.errors import AceStepError
 from acestep_ray.foreign_files import seems_to_be
+from acestep_ray.paths import shell_command
 from acestep_ray.storage import Store
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def damaged(cache: Store, file: str, key: str, reason: str) -> CacheDamagedError
     """The error for a song that its part does not hold as it should."""
     return CacheDamagedError(
         f"the song {key!r} cannot be read from {cache.url_of(file)} ({reason})\n"
-        f"  → run `acestep-ray cache verify {cache.url}`"
+        f"  → run `{shell_command('acestep-ray', 'cache', 'verify', cache.url)}`"
     )
 
 

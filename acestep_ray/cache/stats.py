@@ -13,6 +13,7 @@ from acestep_ray.cache.index import read_manifest
 from acestep_ray.cache.schema import FEATURE_GROUPS, LEDGER_SCHEMA, REJECT_SCHEMA
 from acestep_ray.cache.verify import verified_table
 from acestep_ray.errors import InputError
+from acestep_ray.paths import shell_command
 from acestep_ray.storage import Store
 from acestep_ray.terminal import fact_table
 from acestep_ray.units import size_text
@@ -78,7 +79,8 @@ def cache_stats(place: str) -> StatsSummary:
     ledger = verified_table(store, manifest, "ledger", LEDGER_SCHEMA, problems)
     rejects = verified_table(store, manifest, "rejects", REJECT_SCHEMA, problems)
     if problems:
-        raise InputError(problems[0], where=store.url, fix=f"run `acestep-ray cache verify {store.url}`")
+        verify = shell_command("acestep-ray", "cache", "verify", store.url)
+        raise InputError(problems[0], where=store.url, fix=f"run `{verify}`")
     seconds = ledger["duration_seconds"].to_numpy()
     bins = max(1, int(np.ceil(seconds.max(initial=0) / _HISTOGRAM_SECONDS)))
     lengths, _ = np.histogram(seconds, bins, (0, bins * _HISTOGRAM_SECONDS))

@@ -30,6 +30,7 @@ from acestep_ray.cache.schema import (
     CachedSong,
     table_from_bytes,
 )
+from acestep_ray.paths import shell_command
 from acestep_ray.storage import Store
 from acestep_ray.terminal import Progress, fact_table
 from acestep_ray.units import size_text
@@ -58,7 +59,8 @@ class VerifySummary:
             ("rejects", self.rejects),
         ]
         if self.leftovers:
-            rows.append(("leftovers", f"{self.leftovers} files: `acestep-ray cache prune` deletes them"))
+            prune = shell_command("acestep-ray", "cache", "prune", self.cache)
+            rows.append(("leftovers", f"{self.leftovers} files: `{prune}` deletes them"))
         return fact_table([*rows, ("took", f"{self.wall_seconds:,.0f} s")])
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from acestep_ray.config.groups import Groups
+from acestep_ray.config.paths import PathSettings
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(PathSettings):
     """Writes a LoRA for other programs, with a model card where it comes from a run."""
 
     GROUPS: ClassVar[Groups] = {
@@ -37,7 +38,7 @@ class ExportConfig:
 
 
 @dataclass
-class MergeConfig:
+class MergeConfig(PathSettings):
     """Merges LoRAs into a base model: a complete checkpoint directory."""
 
     GROUPS: ClassVar[Groups] = {
@@ -60,7 +61,7 @@ class MergeConfig:
 
 
 @dataclass
-class ExtractConfig:
+class ExtractConfig(PathSettings):
     """Makes a LoRA of the difference between a fine-tuned model and its base."""
 
     GROUPS: ClassVar[Groups] = {
@@ -84,7 +85,7 @@ class ExtractConfig:
 
 
 @dataclass
-class MixConfig:
+class MixConfig(PathSettings):
     """Makes one LoRA of the weighted sum of several."""
 
     GROUPS: ClassVar[Groups] = {

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from acestep_ray.config.groups import Groups
+from acestep_ray.config.paths import PathSettings
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(PathSettings):
     """Makes music from a prompt and lyrics, or from a file of many."""
 
     GROUPS: ClassVar[Groups] = {
@@ -84,7 +85,7 @@ class GenerateConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(PathSettings):
     """Measures how good models are and compares them: losses, distances from real music, and a page to listen to."""
 
     GROUPS: ClassVar[Groups] = {
@@ -160,7 +161,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class QuickstartConfig:
+class QuickstartConfig(PathSettings):
     """The whole road once: songs, dataset, cache, LoRA, music."""
 
     GROUPS: ClassVar[Groups] = {

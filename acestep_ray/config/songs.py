@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from acestep_ray.config.groups import Groups
+from acestep_ray.config.paths import PathSettings
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(PathSettings):
     """A folder of songs, a CSV or a JSON-lines file becomes a dataset."""
 
     GROUPS: ClassVar[Groups] = {
@@ -36,7 +37,7 @@ class PrepareConfig:
 
 
 @dataclass
-class PrecomputeConfig:
+class PrecomputeConfig(PathSettings):
     """Runs the frozen models once over songs and writes the feature cache."""
 
     GROUPS: ClassVar[Groups] = {

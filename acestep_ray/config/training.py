@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from acestep_ray.config.groups import Groups
+from acestep_ray.config.paths import PathSettings
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(PathSettings):
     """Trains a LoRA on a feature cache, or on songs as they are."""
 
     GROUPS: ClassVar[Groups] = {

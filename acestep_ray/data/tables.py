@@ -23,7 +23,7 @@ from acestep_ray.data import metas
 from acestep_ray.data.fields import FILE_NAMES, plain_name
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.layouts import V15_JSON, sample_fields
-from acestep_ray.data.texts import decoded, encoding_of
+from acestep_ray.plain_text import decode_text, encoding_of
 from acestep_ray.storage import StoredFile
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather")
@@ -164,10 +164,14 @@ def _json_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
     """A JSON array, an object with a list of songs, or an object a line."""
     head = file.read(64)
     file.seek(0)
-    if encoding_of(head[:4]) != "utf-8-sig" or table.lower().endswith(".json") or _starts_array(head):
+    if (
+        encoding_of(head[:4]).startswith(("utf-16", "utf-32"))
+        or table.lower().endswith(".json")
+        or _starts_array(head)
+    ):
         content = file.read()
         try:
-            yield from _rows_of_document(table, json.loads(decoded(content)), findings)
+            yield from _rows_of_document(table, json.loads(decode_text(content)), findings)
             return
         except UnicodeError as error:
             findings.problems.append(f"{table}: not UTF-8 text ({error}), save it as UTF-8")
@@ -175,7 +179,7 @@ def _json_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
         except (json.JSONDecodeError, RecursionError):
             # Perhaps an object a line, under a name of the other kind.
             with contextlib.suppress(UnicodeError):
-                content = decoded(content).encode()
+                content = decode_text(content).encode()
             file = io.BytesIO(content)
     yield from _rows_of_lines(table, file, findings)
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
-import os
 import re
 from pathlib import Path
 
 from acestep_ray.errors import InputError
+from acestep_ray.paths import expand_home
+from acestep_ray.plain_text import encoding_of
 
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 _OTHER_KINDS = (
     (b"{\\rtf", "an RTF document"),
     (b"%PDF", "a PDF document"),
@@ -67,14 +60,13 @@ def decode_text(content: bytes) -> str:
     for beginning, kind in _OTHER_KINDS:
         if content.startswith(beginning):
             raise ValueError(f"{kind}, not plain text: save it as text in UTF-8")
-    for mark, encoding in _BYTE_ORDER_MARKS:
-        if content.startswith(mark):
-            try:
-                return content.decode(encoding)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"damaged {encoding.upper()} text (byte {error.start}): save it as UTF-8"
-                ) from None
+    encoding = encoding_of(content[:4])
+    if encoding != "utf-8":
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError as error:
+            name = encoding.removesuffix("-sig").upper()
+            raise ValueError(f"damaged {name} text (byte {error.start}): save it as UTF-8") from None
     if b"\0" in content:
         raise ValueError(
             "not UTF-8 text (it holds NUL bytes; UTF-16 needs a byte order mark): save it as UTF-8"
@@ -110,7 +102,7 @@ def text_or_file(text: str, folder: Path, *, words_name_files: bool) -> str:
     name = text.strip()
     if not name or len(name) >= _LONGEST_PATH or any(mark in text for mark in ("\n", "\r", "\0", "\\n")):
         return text
-    path = folder / os.path.expanduser(name)
+    path = folder / _with_home(name)
     is_name = _looks_like_path(name, folder, words_name_files)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -123,6 +115,14 @@ def text_or_file(text: str, folder: Path, *, words_name_files: bool) -> str:
     if is_name:
         raise InputError(f"no such file ({path})", fix=_FIX)
     return text
+
+
+def _with_home(path: str) -> str:
+    """A path with its home folder, or the words as they are: a text may begin with `~`."""
+    try:
+        return expand_home(path)
+    except InputError:
+        return path
 
 
 def _looks_like_path(name: str, folder: Path, words_name_files: bool) -> bool:

@@ -6,13 +6,13 @@ file or table row that a message names.
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 import os
 import re
 from typing import Any
 
+from acestep_ray.plain_text import decode_text
 from acestep_ray.storage import AccessDeniedError, StoredFile
 
 # A whole cell with one of these, in lower case, is empty: programs write them for a missing value.
@@ -22,7 +22,7 @@ _NOTHING = frozenset({"nan", "null", "none", "<na>", "n/a"})
 def read_text(file: StoredFile, origin: str, problems: list[str]) -> str:
     """The cleaned text of a UTF-8 file, or a UTF-16 file with a byte order mark; "" after a problem is noted."""
     try:
-        text = decoded(file.read_bytes())
+        text = decode_text(file.read_bytes())
     except UnicodeDecodeError as error:
         problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
         return ""
@@ -36,20 +36,6 @@ def read_text(file: StoredFile, origin: str, problems: list[str]) -> str:
         problems.append(f"{origin}: not UTF-8 text (it holds NUL bytes), save it as UTF-8")
         return ""
     return clean(text)
-
-
-def encoding_of(head: bytes) -> str:
-    """The encoding that a text's byte order mark names, which Python strips with it; UTF-8 where there is none."""
-    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "utf-32"
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    return "utf-8-sig"
-
-
-def decoded(content: bytes) -> str:
-    """The text of a file by its byte order mark. Raises UnicodeDecodeError."""
-    return content.decode(encoding_of(content[:4]))
 
 
 def text_of_cell(cell: Any, column: str, origin: str, problems: list[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.cache.parts import CacheDamagedError
@@ -16,6 +15,8 @@ from acestep_ray.doctor.finding import Finding, from_error, ok, problem, warning
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.models.checkpoint import ACE_STEP_V1, SSL_FOLDERS, CheckpointDir
 from acestep_ray.models.fingerprints import noted_sha256
+from acestep_ray.paths import expand_home_in_uri, shell_command
+from acestep_ray.tracking.local_database import database_of
 from acestep_ray.tracking.mlflow_address import OFF, check_scheme
 from acestep_ray.tracking.mlflow_errors import explain
 from acestep_ray.tracking.mlflow_run import short_requests
@@ -23,6 +24,8 @@ from acestep_ray.tracking.mlflow_run import short_requests
 SAMPLED = 5
 """Songs of a dataset or a cache that are looked at, evenly spread over it."""
 TRACKING_SECONDS = 5
+
+_FETCH = ("acestep-ray", "checkpoint", "fetch")
 
 
 def check_checkpoint(checkpoint: CheckpointDir, *, fingerprint: bool) -> Iterator[Finding]:
@@ -51,7 +54,7 @@ def check_checkpoint(checkpoint: CheckpointDir, *, fingerprint: bool) -> Iterato
         yield warning(
             "checkpoint",
             f"whole: {parts}; not the released one in {', '.join(others)} ({path})",
-            f"`acestep-ray checkpoint fetch {path}` unless you changed it",
+            f"`{shell_command(*_FETCH, path)}` unless you changed it",
         )
     try:
         checkpoint.lyric_vocab_path()
@@ -63,7 +66,7 @@ def check_checkpoint(checkpoint: CheckpointDir, *, fingerprint: bool) -> Iterato
         yield warning(
             "checkpoint",
             f"no {folders}: there will be no SSL features",
-            f"`acestep-ray checkpoint fetch {path} --only {','.join(absent)}`, or train with --ssl_coeff 0",
+            f"`{shell_command(*_FETCH, path, '--only', ','.join(absent))}`, or train with --ssl_coeff 0",
         )
 
 
@@ -111,7 +114,7 @@ def check_cache(place: str, checkpoint: CheckpointDir | None, *, fingerprint: bo
         yield problem(
             "cache",
             f"{found}; of {len(sampled)} read, {len(damaged)} are damaged: {damaged[0]}",
-            f"`acestep-ray cache verify {place}` lists all that is wrong",
+            f"`{shell_command('acestep-ray', 'cache', 'verify', place)}` lists all that is wrong",
         )
     else:
         yield ok("cache", f"{found}; {len(sampled)} were read")
@@ -141,7 +144,9 @@ def check_tracking(uri: str) -> Finding:
     if uri == OFF:
         return ok("tracking", "off")
     shown = without_password(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
+    uri = expand_home_in_uri(uri)
+    database = database_of(uri)
+    if database is not None and not database.exists():
         return ok("tracking", f"the first run makes {shown}")  # to ask would be to make it
     try:
         from mlflow.tracking import MlflowClient

@@ -18,6 +18,7 @@ from acestep_ray.doctor import machine
 from acestep_ray.doctor.finding import PROBLEM, WARNING, Finding, from_error, ok, problem
 from acestep_ray.doctor.output import check_output
 from acestep_ray.errors import InputError
+from acestep_ray.paths import expand_home
 from acestep_ray.storage import is_url
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ def doctor(
     `fingerprint` reads the checkpoint's weights, minutes the first time. Nothing raises: what fails is a finding.
     """
     findings: list[Finding] = []
+    checkpoint_dir, dataset_path, cache, exp_dir = (
+        None if place is None else expand_home(place)
+        for place in (checkpoint_dir, dataset_path, cache, exp_dir)
+    )
 
     def look(name: str, check: Callable[[], Any], seconds: float | None = None) -> None:
         findings.extend(_guarded(name, check, seconds))

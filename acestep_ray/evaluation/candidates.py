@@ -21,6 +21,7 @@ from acestep_ray.foreign_files import explained
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.models.weights import read_weights
+from acestep_ray.paths import split_paths
 from acestep_ray.storage import Store, is_url
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints, DamagedCheckpointError
 
@@ -73,7 +74,7 @@ def find_candidates(config: EvaluateConfig, base: CheckpointDir, copies: ExitSta
 
     Raises InputError for what is no model, is damaged, or was made for a model of another size.
     """
-    paths = [item.strip() for item in (config.models or "").split(",") if item.strip()]
+    paths = split_paths(config.models or "")
     if not paths:
         raise InputError("no model is given", where="--models", fix="give `base`, LoRAs or experiments")
     strengths = _strengths(config.lora_weight, len(paths))

@@ -26,6 +26,7 @@ from acestep_ray.reporting import Page
 from acestep_ray.storage import Store
 from acestep_ray.terminal import column_table, fact_table
 from acestep_ray.terminal.numbers import number_text
+from acestep_ray.tracking import mlflow_command
 from acestep_ray.training.validation import NOISE_LEVELS
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class EvaluateSummary:
             ("scores", self.output.place_of(SCORES_FILE)),
         ]
         if self.tracking_uri is not None:
-            made.append(("MLflow", f"mlflow ui --backend-store-uri {self.tracking_uri}"))
+            made.append(("MLflow", mlflow_command(self.tracking_uri)))
         return f"\n{models}\n\n{fact_table([*made, ('took', f'{self.wall_seconds:,.0f} s')])}"
 
 

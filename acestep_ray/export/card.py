@@ -20,7 +20,13 @@ from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import Log, read_log
 from acestep_ray.reporting.plots import TRAINING, draw_losses
 from acestep_ray.storage import Store
-from acestep_ray.training.experiment import CHECKPOINTS, FINGERPRINTS, IDENTITY_FILE, SETTINGS_FILE
+from acestep_ray.training.experiment import (
+    CHECKPOINTS,
+    FINGERPRINTS,
+    IDENTITY_FILE,
+    SETTINGS_FILE,
+    noted_place,
+)
 from acestep_ray.training.scan import SONGS, read_songs
 from acestep_ray.training.state import Checkpoints
 from acestep_ray.training.throughput import seconds_of
@@ -88,7 +94,7 @@ def read_run(experiment: Path, step: int) -> RunFacts:
         name=experiment.name,
         step=step,
         is_release=None if transformer is None else transformer == _release_fingerprint(),
-        songs=_count_songs(settings.get("dataset_path"), experiment),
+        songs=_count_songs(noted_place(settings.get("dataset_path"), experiment), experiment),
         settings={name: settings[name] for name in _SETTINGS if settings.get(name) is not None},
         lora={name.removeprefix("LoRA "): v for name, v in identity.items() if name.startswith("LoRA ")},
         losses=_read_losses(experiment, settings.get("logger_dir"), step),

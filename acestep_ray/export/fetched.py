@@ -13,6 +13,7 @@ import yaml
 
 from acestep_ray.export.reading import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 from acestep_ray.export.source import checkpoint_folder
+from acestep_ray.paths import expand_home
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import EVENTS
 from acestep_ray.storage import Store, StoredFile, is_url
@@ -32,7 +33,7 @@ def fetched_lora(place: str | os.PathLike[str], checkpoint: str = "last") -> Ite
     `open_source` raises of an experiment.
     """
     if not is_url(place):
-        yield Path(place)
+        yield Path(expand_home(os.fspath(place)))
         return
     store = Store.at(place)
     with tempfile.TemporaryDirectory(prefix="acestep-ray-") as temporary:

@@ -23,6 +23,7 @@ from acestep_ray.export.transformer import WeightInfo, parse_size, write_weights
 from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import LYRIC_VOCAB, PARTS, TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
+from acestep_ray.paths import split_paths
 from acestep_ray.storage import Store, check_new, is_url, output_folder
 from acestep_ray.terminal import Progress, fact_table
 from acestep_ray.terminal.numbers import number_text
@@ -136,7 +137,7 @@ def read_strengths(paths: str, weights: str | None) -> list[Strength]:
 
     An experiment of several adapters counts as one. Raises InputError.
     """
-    places = _listed(paths)
+    places = split_paths(paths)
     if not places:
         raise InputError(
             "no LoRA is given", where=f"--lora_path {paths!r}", fix="give one, or several with commas"
@@ -156,13 +157,9 @@ def read_strengths(paths: str, weights: str | None) -> list[Strength]:
     return strengths
 
 
-def _listed(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
-
-
 def _numbers(text: str) -> list[float]:
     try:
-        numbers = [float(item) for item in _listed(text)]
+        numbers = [float(item) for item in text.split(",") if item.strip()]
     except ValueError:
         numbers = [float("nan")]
     if not all(abs(number) < float("inf") for number in numbers):

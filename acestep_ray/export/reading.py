@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.export.keys import module_name, parse_key
 from acestep_ray.export.names import is_module
 from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
+from acestep_ray.paths import expand_home
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -133,7 +135,7 @@ class LoraFile:
 
 def find_lora_file(path: str | Path) -> Path:
     """The LoRA file that `path` names: itself, or the one in that directory. Raises InputError."""
-    path = Path(path)
+    path = Path(expand_home(os.fspath(path)))
     if path.is_file():
         return path
     for name in (LORA_FILE, PEFT_FILE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import is_module
 from acestep_ray.export.reading import LORA_FILE, PEFT_FILE, LoraFile, find_lora_file, open_lora, some
 from acestep_ray.foreign_files import seems_to_be
+from acestep_ray.paths import expand_home, shell_command
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 from acestep_ray.training.state import WEIGHTS_FILE, Checkpoints, DamagedCheckpointError, best_step
 
 _OTHER_NAMES = "; if this is one, rename its keys as docs/export.md lists them"
+_EXTRACT = ("acestep-ray", "export", "extract", "--finetuned_path")
 _STEP = re.compile(r"step=(\d+)")
 
 
@@ -51,7 +54,7 @@ def open_source(
     flag in messages, `fetched_from` the URL of what `path` is a copy of (`fetched_lora`). Raises InputError for what
     holds no whole LoRA of an ACE-Step v1 model.
     """
-    path = Path(path)
+    path = Path(expand_home(os.fspath(path)))
     if not path.exists():
         raise InputError(
             "nothing here", where=f"{where} {path}", fix="give an experiment, a training checkpoint or a LoRA"
@@ -138,7 +141,7 @@ def _files_of_checkpoint(folder: Path) -> dict[str, Path]:
         raise InputError(
             f"this run trained the model's own weights ({WEIGHTS_FILE}), not a LoRA",
             where=str(folder),
-            fix=f"`acestep-ray export extract --finetuned_path {folder.parent.parent}` makes a LoRA of them",
+            fix=f"`{shell_command(*_EXTRACT, folder.parent.parent)}` makes a LoRA of them",
         )
     for name in names:
         path = folder / name

@@ -32,6 +32,7 @@ from acestep_ray.models.checkpoint import (
     Release,
 )
 from acestep_ray.models.fingerprints import noted_sha256
+from acestep_ray.paths import expand_home
 from acestep_ray.storage import Store
 from acestep_ray.terminal import fact_table
 from acestep_ray.units import size_text
@@ -109,7 +110,7 @@ def fetch_checkpoint(
     endpoint = _endpoint(mirror)
     if jobs < 1:
         raise InputError("must be at least 1", where=f"--jobs {jobs}")
-    root = Path(directory)
+    root = Path(expand_home(os.fspath(directory)))
     token = get_token() if mirror is None else None
     downloader = Downloader(token=token, token_for=endpoint, patience=patience)
     progress = Progress(stream if stream is not None else sys.stderr)
@@ -215,7 +216,7 @@ def _copy_lyric_vocab(root: Path, wanted: Sequence[WantedFile]) -> None:
     content = next((file.content for file in wanted if file.name == LYRIC_VOCAB), None)
     if not elsewhere or content is None or (root / LYRIC_VOCAB).is_file():
         return
-    source = Path(elsewhere)
+    source = Path(expand_home(elsewhere))
     if source.is_file() and content.mismatch(source) is None:
         Store.at(root).write_bytes(LYRIC_VOCAB, source.read_bytes())
 

@@ -95,7 +95,7 @@ def make_songs(
     attempts = beside_driver(Attempts).remote()
     with holders_ended(attempts), DataContext.current(context):
         lists = [json.dumps([asdict(song) for song in group]) for group in groups]
-        dataset: ray.data.Dataset = ray.data.from_arrow([pa.table({"songs": [songs]}) for songs in lists])
+        dataset: ray.data.Dataset = ray.data.from_blocks([pa.table({"songs": [songs]}) for songs in lists])
         dataset = dataset.map_batches(
             Maker,
             fn_constructor_args=(choice, attempts, max(1, int(pool.num_cpus))),

@@ -20,13 +20,16 @@ from acestep_ray.data.lyrics import (
     parse_language,
 )
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
-from acestep_ray.data.text_files import decode_text, text_or_file
+from acestep_ray.data.text_files import text_or_file
 from acestep_ray.data.texts import is_unicode
 from acestep_ray.diffusion.solvers import SCHEDULERS
 from acestep_ray.errors import InputError
 from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.generation.song import Song
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
+from acestep_ray.paths import expand_home
+from acestep_ray.plain_text import read_text
+from acestep_ray.storage import is_url
 
 MAX_DURATION = 240.0
 
@@ -89,7 +92,7 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
     """
     where = f"--batch_path {path}"
     try:
-        lines = decode_text(path.read_bytes()).replace("\r\n", "\n").split("\n")
+        lines = read_text(path).split("\n")
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read the songs ({error})", where=where, fix="give a file with one JSON object a line"
@@ -191,6 +194,11 @@ def _listed(lines: list[str]) -> list[str]:
     return lines[:_LISTED] + more
 
 
+def _speaker_place(folder: Path, name: str) -> str | Path:
+    """Where a speaker embedding is that a row names: relative to the folder of the file, or a URL."""
+    return name if is_url(name) else folder / expand_home(name)
+
+
 def parse_seeds(value: int | str | list[Any]) -> list[int]:
     """The seeds of a number, of a list, or of a text with commas. Raises InputError."""
     given = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
@@ -280,7 +288,7 @@ class _SettingsReader:
 
     def _speaker(self, name: str) -> list[float]:
         try:
-            return load_speaker_embedding(self.folder / name, self.speaker_dim).tolist()
+            return load_speaker_embedding(_speaker_place(self.folder, name), self.speaker_dim).tolist()
         except SpeakerEmbeddingError as error:
             raise InputError(str(error)) from None
 

@@ -29,6 +29,7 @@ from acestep_ray.models.weights import (
     read_json,
     weight_files,
 )
+from acestep_ray.paths import expand_home, shell_command
 from acestep_ray.storage import is_url
 
 TRANSFORMER = "ace_step_transformer"
@@ -37,6 +38,7 @@ VOCODER = "music_vocoder"
 TEXT_ENCODER = "umt5-base"
 TOKENIZER_FILE = "tokenizer.json"
 LYRIC_VOCAB = "lyric_tokenizer/vocab.json"
+_FETCH = ("acestep-ray", "checkpoint", "fetch")
 LYRIC_VOCAB_VARIABLE = "ACESTEP_LYRIC_VOCAB"
 # Folder of each SSL model by the name that the transformer's configuration gives it.
 SSL_FOLDERS = {"mert": "mert", "m-hubert": "mhubert"}
@@ -72,9 +74,9 @@ class CheckpointDir:
                 where=str(path),
                 fix="copy it to the same path on every node, or to a disk that they share, and give that path",
             )
-        root = Path(path)
+        root = Path(expand_home(os.fspath(path)))
         fix = (
-            f"`acestep-ray checkpoint fetch {root}` downloads what is missing of the released model; "
+            f"`{shell_command(*_FETCH, root)}` downloads what is missing of the released model; "
             f"`acestep-ray checkpoint tiny DIR` writes a small random one to try things with"
         )
         if not root.is_dir():
@@ -146,7 +148,7 @@ class CheckpointDir:
             return path
         elsewhere = os.environ.get(LYRIC_VOCAB_VARIABLE)
         if elsewhere:
-            path = Path(elsewhere)
+            path = Path(expand_home(elsewhere))
             if not path.is_file():
                 raise InputError(
                     "no lyric vocabulary here",
@@ -158,7 +160,7 @@ class CheckpointDir:
             "no lyric vocabulary",
             where=str(path),
             fix=(
-                f"`acestep-ray checkpoint fetch {self.path}` downloads it, "
+                f"`{shell_command(*_FETCH, self.path)}` downloads it, "
                 f"or let ${LYRIC_VOCAB_VARIABLE} name the file"
             ),
         )

@@ -15,8 +15,9 @@ from acestep_ray.errors import InputError, without_password
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store, is_url
 from acestep_ray.storage.folders import download_files
+from acestep_ray.tracking.local_database import SQLITE, database_of
 from acestep_ray.tracking.mlflow_errors import reason_of
-from acestep_ray.tracking.mlflow_run import MLflowRun, short_requests
+from acestep_ray.tracking.mlflow_run import MLflowRun, located_run, short_requests
 from acestep_ray.training.experiment import MLFLOW_FILE
 
 Curve = Mapping[int, float]
@@ -29,7 +30,6 @@ EVENTS = "events.out.tfevents."
 
 _REQUEST_SECONDS = 10
 _PASSWORD_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
-_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
@@ -157,20 +157,24 @@ def read_mlflow_curves(experiment: Path) -> Log:
 def _noted_run(experiment: Path) -> MLflowRun | None:
     noted = experiment / MLFLOW_FILE
     try:
-        return MLflowRun(**load_json(noted.read_text(encoding="utf-8")))
+        run = MLflowRun(**load_json(noted.read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"what is noted of MLflow's run cannot be read ({error})", where=str(noted)
         ) from None
+    database = database_of(run.tracking_uri)
+    if database is None:
+        return run
+    return located_run(run, None, beside=experiment.absolute().parent / "logs" / database.name) or run
 
 
 def _would_get_a_password(uri: str) -> bool:
     """Whether the client would prove who the user is to a server that the user has not named."""
     own = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
     return (
-        not uri.startswith(_SQLITE)
+        not uri.startswith(SQLITE)
         and uri.rstrip("/") != own
         and any(os.environ.get(name) for name in _PASSWORD_VARIABLES)
     )
@@ -180,8 +184,8 @@ def _ask(run: MLflowRun, question: Callable[[Any], _Answer]) -> _Answer:
     """MLflow's answer. Raises InputError where there is none."""
     if importlib.util.find_spec("mlflow") is None:
         raise InputError("MLflow, which has more of this run, is not installed", fix="pip install mlflow")
-    database = Path(run.tracking_uri.removeprefix(_SQLITE).partition("?")[0])
-    if run.tracking_uri.startswith(_SQLITE) and not database.is_file():  # MLflow would make a new one
+    database = database_of(run.tracking_uri)
+    if database is not None and not database.is_file():  # MLflow would make a new one
         raise InputError("MLflow's database is not there", where=str(database))
     if _would_get_a_password(run.tracking_uri):
         raise InputError(

@@ -21,6 +21,7 @@ from acestep_ray.reporting.sections import (
     add_speed,
 )
 from acestep_ray.terminal.numbers import number_text
+from acestep_ray.training.experiment import noted_place
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 
@@ -36,7 +37,7 @@ def write_run(page: Page, run: Run) -> None:
     add_quarters(page, run)
     page.section("Samples")
     add_samples(page, run)
-    add_songs(page, run.settings.get("dataset_path"), run.experiment)
+    add_songs(page, noted_place(run.settings.get("dataset_path"), run.experiment), run.experiment)
     add_speed(page, run)
     if run.lora or run.settings.get("lora_config_path", "not known") is not None:
         step = next((one.step for one in reversed(run.checkpoints) if one.problem is None), None)

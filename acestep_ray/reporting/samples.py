@@ -11,6 +11,7 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.plain_json import load_json
 from acestep_ray.reporting.page import Page
 from acestep_ray.reporting.run import Run, step_of
+from acestep_ray.training.experiment import noted_place
 
 CLIPS = 12
 """At most so many are in a page: the last, the first, and others evenly between."""
@@ -26,7 +27,7 @@ def add_samples(page: Page, run: Run) -> None:
     chosen = spread(run.samples, CLIPS)
     if len(chosen) < len(run.samples):
         page.text(f"{len(chosen)} of {len(run.samples)} samples; all are in {run.place}/samples.")
-    vocabulary = find_vocabulary(run.settings.get("checkpoint_dir"))
+    vocabulary = find_vocabulary(noted_place(run.settings.get("checkpoint_dir"), run.experiment))
     for path in reversed(chosen):
         try:
             add_sample(page, path, vocabulary)

@@ -20,7 +20,7 @@ from acestep_ray.reporting.run import is_under_way
 from acestep_ray.reporting.sections import add_lora, add_settings, add_songs
 from acestep_ray.storage import Store
 from acestep_ray.terminal.numbers import number_text
-from acestep_ray.training.experiment import SETTINGS_FILE
+from acestep_ray.training.experiment import SETTINGS_FILE, noted_place
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 _TRIALS = "trials"
@@ -80,7 +80,7 @@ def write_search(page: Page, folder: Path, place: str | None = None) -> None:
         _add_best_curves(page, folder, ranked[0].name, settings)
     if (folder / BEST).is_dir():
         add_lora(page, str(folder / BEST), _read(folder / BEST / "lora_config.json", page))
-    add_songs(page, settings.get("dataset_path"), folder)
+    add_songs(page, noted_place(settings.get("dataset_path"), folder), folder)
     add_settings(page, settings)
 
 

@@ -8,7 +8,7 @@ Credentials come from where the storage's own tools take them (environment, prof
 the client from fsspec's configuration, such as FSSPEC_S3_ANON=true for a public bucket.
 """
 
-from acestep_ray.paths import expand_home
+from acestep_ray.paths import expand_home, split_paths
 from acestep_ray.storage.errors import AccessDeniedError, StorageError
 from acestep_ray.storage.files import FileStatus
 from acestep_ray.storage.folders import check_new, fetched, output_folder, updated_folder, upload_folder
@@ -29,6 +29,7 @@ __all__ = [
     "fetched",
     "is_url",
     "output_folder",
+    "split_paths",
     "updated_folder",
     "upload_folder",
 ]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from acestep_ray.errors import InputError
+from acestep_ray.paths import expand_home, path_of_file_uri
 from acestep_ray.storage.clients import filesystem_of, read_hub, tried
 from acestep_ray.storage.errors import S3, StorageError, is_past_the_end, not_found, without_secrets
 from acestep_ray.storage.files import (
@@ -84,10 +85,10 @@ class Store:
         text = os.fspath(place)
         url = _URL.match(text)
         if url is None:
-            return cls(os.path.abspath(text))
+            return cls(os.path.abspath(expand_home(text)))
         protocol, rest = url[1].lower(), url[2]
         if protocol in ("file", "local"):
-            return cls(os.path.abspath("/" + rest.lstrip("/")))
+            return cls(os.path.abspath(path_of_file_uri(text)))
         if not rest.strip("/"):
             raise InputError("the URL names no bucket", where=text, fix=f"give {protocol}://BUCKET/FOLDER")
         if "@" in rest.partition("/")[0] and protocol in (*S3, "gs", "gcs", "http", "https"):

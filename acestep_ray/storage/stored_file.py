@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from acestep_ray.errors import InputError
+from acestep_ray.paths import expand_home
 from acestep_ray.storage.files import FileStatus
 from acestep_ray.storage.store import Store, is_url
 
@@ -52,7 +53,7 @@ class StoredFile:
     @classmethod
     def at(cls, place: str | os.PathLike[str]) -> StoredFile:
         """The file at a path or URL. Raises InputError for a URL that cannot be used."""
-        text = os.fspath(place)
+        text = expand_home(os.fspath(place))
         if not is_url(text) or text.lower().startswith(("file://", "local://")):
             folder, name = os.path.split(Store.at(text).url)
             return cls(Store(folder), name)

@@ -17,9 +17,9 @@ def is_verbose() -> bool:
     return os.environ.get(VERBOSE, "") not in ("", "0")
 
 
-def is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
     """Whether the stream is a terminal that can move its cursor."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def rich_console(stream: TextIO, width: int | None = None) -> Console:

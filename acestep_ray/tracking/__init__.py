@@ -6,8 +6,15 @@ answer was lost, is one metric to MLflow: it has the same time.
 """
 
 from acestep_ray.tracking.environment import environment_tags
+from acestep_ray.tracking.local_database import mlflow_command, same_run
 from acestep_ray.tracking.mlflow_address import mlflow_uri
-from acestep_ray.tracking.mlflow_run import MLflowRun, check_mlflow, end_mlflow_run, start_mlflow_run
+from acestep_ray.tracking.mlflow_run import (
+    MLflowRun,
+    check_mlflow,
+    end_mlflow_run,
+    located_run,
+    start_mlflow_run,
+)
 from acestep_ray.tracking.tracker import BUFFER_FILE, Tracker
 
 __all__ = [
@@ -17,6 +24,9 @@ __all__ = [
     "check_mlflow",
     "end_mlflow_run",
     "environment_tags",
+    "located_run",
+    "mlflow_command",
     "mlflow_uri",
+    "same_run",
     "start_mlflow_run",
 ]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.hints import nearest
+from acestep_ray.paths import expand_home, expand_home_in_uri
 from acestep_ray.storage import is_url
+from acestep_ray.tracking.local_database import absolute_sqlite_uri, sqlite_uri
 
 OFF = "none"
 
@@ -51,9 +53,11 @@ def mlflow_uri(tracking_uri: str | None, logger_dir: str | Path) -> str | None:
             where=f"--logger_dir {logger_dir}",
             fix="give --tracking_uri with the address of an MLflow server, or `none`",
         )
-    if tracking_uri is not None:
-        check_scheme(tracking_uri)
-    return tracking_uri or f"sqlite:///{Path(logger_dir).resolve()}/mlflow.db"
+    if tracking_uri is None:
+        return sqlite_uri(Path(expand_home(str(logger_dir))).resolve() / "mlflow.db")
+    uri = expand_home_in_uri(tracking_uri)
+    check_scheme(uri)
+    return absolute_sqlite_uri(uri)
 
 
 def check_scheme(uri: str) -> None:

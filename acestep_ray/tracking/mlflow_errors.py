@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from acestep_ray.errors import without_password
 from acestep_ray.foreign_files import seems_to_be
+from acestep_ray.tracking.local_database import database_of
 
 _CREDENTIALS_FIX = (
     "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, on every node"
 )
-_SQLITE = "sqlite:///"
 _WITHOUT = "or train without it: --tracking_uri none"
 _UNAVAILABLE = (408, 429, 500, 502, 503, 504)
 
@@ -83,7 +83,7 @@ def _of_database(text: str, uri: str, chain: list[BaseException]) -> Cause | Non
         return _of_schema(found[1], found[2], uri)
     if "Can't locate revision" in text:
         return _newer("", uri)
-    path = Path(uri.removeprefix(_SQLITE).partition("?")[0]) if uri.startswith(_SQLITE) else None
+    path = database_of(uri)
     moved = f"move it away: a new one is made; {_WITHOUT}"
     if "is not a database" in text:
         found_kind = None if path is None else seems_to_be(path)

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from acestep_ray.errors import InputError, without_password
+from acestep_ray.tracking.local_database import (
+    artifact_location,
+    database_of,
+    make_parent_folder,
+    ready_database,
+    same_run,
+    sqlite_uri,
+)
 from acestep_ray.tracking.mlflow_errors import Cause, NoServerError, explain, reason_of
 
-_SQLITE = "sqlite:///"
 _DELETED = "deleted"
 CHANGED_PARAM = "resumed."
 """Begins the names of tags: MLflow takes no second value of a param, so a continued run has the new one as a tag."""
@@ -46,7 +53,8 @@ def check_mlflow(uri: str, experiment: str, *, restore: bool = False) -> None:
     from mlflow.tracking import MlflowClient
 
     _be_quiet()
-    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE).partition("?")[0]).exists():
+    database = database_of(uri)
+    if database is not None and not database.exists():
         return
     try:
         with short_requests(uri, REQUEST_SECONDS):
@@ -81,7 +89,7 @@ def start_mlflow_run(
     values = {name: without_password(str(value))[:PARAM_CHARACTERS] for name, value in params.items()}
     labels = {name: value[:TAG_CHARACTERS] for name, value in (tags or {}).items()}
     try:
-        with short_requests(uri, REQUEST_SECONDS):
+        with short_requests(uri, REQUEST_SECONDS), ready_database(uri, run_id):
             client = MlflowClient(uri)
             experiment_id = _find_experiment(client, experiment, uri, restore)
             if run_id is not None:
@@ -103,6 +111,20 @@ def start_mlflow_run(
             )
             return MLflowRun(uri, run_id)
         raise _not_taken(cause, uri) from None
+
+
+def located_run(run: MLflowRun, uri: str | None, *, beside: Path | None = None) -> MLflowRun | None:
+    """A noted run where it is now: at `uri` or in the database `beside`, if its folder was moved or copied.
+
+    None where it was in a database on a disk that is gone.
+    """
+    noted = database_of(run.tracking_uri)
+    if noted is None:
+        return run
+    for here in (uri, None if beside is None else sqlite_uri(beside)):
+        if here is not None and same_run(run.tracking_uri, run.run_id, here) is not None:
+            return MLflowRun(here, run.run_id)
+    return run if noted.is_file() else None
 
 
 def end_mlflow_run(run: MLflowRun, status: str, *, say: Say = print) -> None:
@@ -153,10 +175,9 @@ def _find_experiment(client: Any, experiment: str, uri: str, restore: bool) -> s
 
 
 def _make_experiment(client: Any, experiment: str, uri: str) -> str:
-    location = None
-    if uri.startswith(_SQLITE):  # otherwise artifacts go to the folder the driver happens to be in
-        database = Path(uri.removeprefix(_SQLITE).partition("?")[0])
-        location = str(database.resolve().parent / "mlruns" / experiment)
+    database = database_of(uri)
+    # Otherwise artifacts go to the folder the driver happens to be in.
+    location = None if database is None else artifact_location(database, experiment)
     return str(client.create_experiment(experiment, artifact_location=location))
 
 
@@ -215,7 +236,7 @@ def short_requests(uri: str, seconds: int) -> Iterator[None]:
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
     # Defaults in memory, not `os.environ`: other threads of a training process read the environment in C.
-    values: list[tuple[object, str, int]] = [
+    values: list[tuple[object, str, object]] = [
         (MLFLOW_HTTP_REQUEST_MAX_RETRIES, "default", 0),
         (MLFLOW_HTTP_REQUEST_TIMEOUT, "default", seconds),
     ]
@@ -223,6 +244,8 @@ def short_requests(uri: str, seconds: int) -> Iterator[None]:
         from mlflow.store.db import utils
 
         values.append((utils, "MAX_RETRY_COUNT", 1))
+        if "%" in uri and hasattr(utils, "_make_parent_dirs_if_sqlite"):
+            values.append((utils, "_make_parent_dirs_if_sqlite", make_parent_folder))
     with _short_requests, contextlib.ExitStack() as restored:
         for owner, name, value in values:
             restored.callback(setattr, owner, name, getattr(owner, name))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.transformer import ACEStepTransformer
+from acestep_ray.names import check_run_name
 from acestep_ray.storage import Store
 from acestep_ray.training.frozen import check_quantisation
 from acestep_ray.training.initial_lora import initial_loras, load_lora
@@ -91,8 +91,7 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
             where=where,
             fix=one_of(config.gradient_clip_algorithm, ("norm", "value")),
         )
-    if Path(config.exp_name).name != config.exp_name or config.exp_name in ("", ".", ".."):
-        raise InputError("not a plain name", where=f"--exp_name {config.exp_name!r}", fix="use no slashes")
+    check_exp_name(config)
     if config.lora_config_path is None and config.init_lora_path is not None:
         raise InputError(
             "a LoRA to start from needs a configuration of the same size",
@@ -126,6 +125,13 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         init_lora_path=config.init_lora_path and Store.at(config.init_lora_path).url,
         ckpt_path=config.ckpt_path and Store.at(config.ckpt_path).url,
     )
+
+
+def check_exp_name(config: TrainConfig) -> None:
+    """Raise InputError for a name that cannot be a run's, or that other commands could not take if the run is new."""
+    check_run_name(config.exp_name, is_new=False)  # before it is used in a path
+    experiment = Store.at(config.exp_dir).child(config.exp_name)
+    check_run_name(config.exp_name, is_new=not (experiment.is_local and experiment.path.exists()))
 
 
 def check_model(config: TrainConfig, lora: Mapping[str, Any] | None, checkpoint: CheckpointDir) -> None:

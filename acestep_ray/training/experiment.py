@@ -16,7 +16,8 @@ from filelock import FileLock, Timeout
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.plain_json import load_json
-from acestep_ray.storage import HeldError, Lease, StorageError, Store
+from acestep_ray.storage import HeldError, Lease, StorageError, Store, is_url
+from acestep_ray.tracking.local_database import same_run
 
 IDENTITY_FILE = "run.json"
 SETTINGS_FILE = "train.yaml"
@@ -106,6 +107,17 @@ def note_identity(experiment: Folder, identity: Mapping[str, Any]) -> None:
     write_json(Store.at(experiment), IDENTITY_FILE, identity)
 
 
+def noted_place(value: str | None, experiment: Path) -> str | None:
+    """A path of a run's settings where it is now: relative to the working directory, or to the project of the run.
+
+    Settings note relative paths as they were given, and `exps/NAME` is where a project has its runs by default.
+    """
+    if value is None or is_url(value) or Path(value).is_absolute() or Path(value).exists():
+        return value
+    beside = experiment.absolute().parent.parent / value
+    return str(beside) if beside.exists() else value
+
+
 def read_json(folder: Store, name: str) -> Any:
     """What a file of a run's folder holds; None where there is none. Raises InputError for one that is no JSON."""
     try:
@@ -123,7 +135,11 @@ def read_json(folder: Store, name: str) -> Any:
 def known_mlflow_run(experiment: Store, tracking_uri: str | None) -> str | None:
     """The id of the experiment's run at this MLflow, None where it has none there."""
     known = read_json(experiment, MLFLOW_FILE) or {}
-    return known.get("run_id") if known.get("tracking_uri") == tracking_uri else None
+    return (
+        None
+        if tracking_uri is None
+        else same_run(known.get("tracking_uri"), known.get("run_id"), tracking_uri)
+    )
 
 
 def write_json(folder: Store, name: str, values: Any) -> None:

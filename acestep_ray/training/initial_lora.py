@@ -17,6 +17,7 @@ from acestep_ray.export.fetched import fetched_lora
 from acestep_ray.export.lora import ADAPTER_NAME, check_fits, lora_layers, lora_weights
 from acestep_ray.export.names import short_name
 from acestep_ray.export.reading import LoraUpdate, find_lora_file, read_lora, some
+from acestep_ray.paths import expand_home
 from acestep_ray.storage import Store, is_url
 from acestep_ray.training.lora import matching_modules
 from acestep_ray.training.lora_config import adapter_configs
@@ -34,7 +35,7 @@ def initial_loras(path: str | None, lora: Mapping[str, Any]) -> dict[str, str]:
         return {ADAPTER_NAME: path}
     if is_url(path):
         return {name: Store.at(path).url_of(name) for name in adapters}
-    return {name: str(find_lora_file(Path(path) / name)) for name in adapters}
+    return {name: str(find_lora_file(Path(expand_home(path)) / name)) for name in adapters}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import yaml
 
 from acestep_ray.cache.index import CacheIndex
 from acestep_ray.config import TrainConfig
+from acestep_ray.config.paths import is_path_setting
 from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.export.transformer import export_transformer
 from acestep_ray.models.checkpoint import CheckpointDir
@@ -27,6 +28,8 @@ from acestep_ray.tracking import (
     Tracker,
     check_mlflow,
     environment_tags,
+    located_run,
+    mlflow_command,
     mlflow_uri,
     start_mlflow_run,
 )
@@ -111,7 +114,7 @@ class TrainSummary:
         rows.append(("result", self.result))
         rows += [("sample", path) for path in self.samples[-1:]]
         if self.tracking_uri is not None:
-            rows.append(("MLflow", f"mlflow ui --backend-store-uri {self.tracking_uri}"))
+            rows.append(("MLflow", mlflow_command(self.tracking_uri)))
         return fact_table(rows)
 
 
@@ -121,7 +124,7 @@ def train(config: TrainConfig) -> TrainSummary:
     Raises InputError before work starts, and KeyboardInterrupt where the user ended it, with a checkpoint.
     """
     started = time.monotonic()
-    config = check_train_config(config)
+    given, config = config, check_train_config(config)
     checkpoint = CheckpointDir.open(config.checkpoint_dir)
     lora = None if config.lora_config_path is None else read_lora_config(config.lora_config_path)
     check_model(config, lora, checkpoint)
@@ -163,10 +166,12 @@ def train(config: TrainConfig) -> TrainSummary:
         done = finished_losses(settings)
         if done is None:
             note_identity(experiment, identity)
-            losses = run_workers(prepare_experiment(experiment, settings, tracking_uri, identity), use_gpu)
+            losses = run_workers(
+                prepare_experiment(experiment, settings, tracking_uri, identity, given), use_gpu
+            )
         else:
             losses = done
-            send_what_was_kept(experiment, settings)
+            send_what_was_kept(experiment, settings, tracking_uri)
     return TrainSummary(
         steps=losses["step"],
         first_loss=losses.get("first", math.nan),
@@ -208,11 +213,19 @@ def finished_losses(settings: WorkerSettings) -> dict[str, Any] | None:
 
 
 def prepare_experiment(
-    experiment: Store, settings: WorkerSettings, tracking_uri: str | None, identity: Mapping[str, Any]
+    experiment: Store,
+    settings: WorkerSettings,
+    tracking_uri: str | None,
+    identity: Mapping[str, Any],
+    given: TrainConfig | None = None,
 ) -> WorkerSettings:
-    """Note the run's settings, and begin or continue its MLflow run, with what it trains on and with."""
+    """Note the run's settings, and begin or continue its MLflow run, with what it trains on and with.
+
+    Paths are noted as they were `given`: relative ones hold where the project folder is moved to.
+    """
     values = asdict(settings.config)
-    experiment.write_bytes(SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False).encode())
+    paths = {} if given is None else {n: v for n, v in asdict(given).items() if is_path_setting(n)}
+    experiment.write_bytes(SETTINGS_FILE, yaml.safe_dump(values | paths, sort_keys=False).encode())
     if tracking_uri is None:
         return settings
     run_id = known_mlflow_run(experiment, tracking_uri)
@@ -250,8 +263,10 @@ def find_samples(samples: Store) -> list[Path | str]:
     return [samples.place_of(name) for _, name in sorted(by_step)]
 
 
-def send_what_was_kept(experiment: Store, settings: WorkerSettings) -> None:
+def send_what_was_kept(experiment: Store, settings: WorkerSettings, tracking_uri: str | None) -> None:
     """Send the metrics of a finished run that MLflow did not take while it ran."""
     noted = read_json(experiment, MLFLOW_FILE)
     if noted is not None and settings.log_dir.status(BUFFER_FILE) is not None:
-        Tracker(settings.log_dir, MLflowRun(**noted), first_step=settings.total_steps + 1).close()
+        run = located_run(MLflowRun(**noted), tracking_uri)
+        if run is not None:
+            Tracker(settings.log_dir, run, first_step=settings.total_steps + 1).close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from torch import nn
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import StoredFile
 
 DEFAULT_LORA = {
@@ -126,14 +126,14 @@ def read_lora_config(path: str | Path) -> dict[str, Any]:
     content = b""
     try:
         content = file.read_bytes()
-        values = json.loads(content.decode())
+        values = load_json(content)
     except FileNotFoundError:
         raise InputError(
             "no such LoRA configuration",
             where=f"--lora_config_path {file}",
             fix="give the path of a JSON file",
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         found = (
             start_of_impostor(content[:FIRST_BYTES], str(path)) if not isinstance(error, OSError) else None
         )

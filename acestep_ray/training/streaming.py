@@ -167,7 +167,8 @@ class StreamSource:
         context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
         songs = self.songs.take(pa.array(rows, pa.int64()))
         with DataContext.current(context):
-            dataset: ray.data.Dataset = ray.data.from_arrow([songs.slice(i, 1) for i in range(len(rows))])
+            # Not `from_arrow`, which sizes each table in a task of one CPU: more than the worker leaves of one CPU.
+            dataset: ray.data.Dataset = ray.data.from_blocks([songs.slice(i, 1) for i in range(len(rows))])
             dataset = dataset.map_batches(
                 partial(decode_songs, root=self.stream.root, recipe=self.stream.recipe),
                 num_cpus=DECODE_CPUS,

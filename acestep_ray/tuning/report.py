@@ -14,10 +14,12 @@ import yaml
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.export.reading import LORA_FILE
+from acestep_ray.paths import shell_command
 from acestep_ray.reporting.page import Page
 from acestep_ray.storage import Store
 from acestep_ray.terminal import column_table, fact_table
 from acestep_ray.terminal.numbers import number_text
+from acestep_ray.tracking import mlflow_command
 from acestep_ray.training.experiment import SETTINGS_FILE
 from acestep_ray.training.job import TrainSummary
 from acestep_ray.tuning.pictures import (
@@ -64,10 +66,12 @@ class TuneSummary:
         ]
         if self.best is not None:
             made.append(("best", self.best.url_of(LORA_FILE)))
-            made.append(("again", f"acestep-ray train --config {self.best.url_of(SETTINGS_FILE)}"))
+            made.append(
+                ("again", shell_command("acestep-ray", "train", "--config", self.best.url_of(SETTINGS_FILE)))
+            )
         made.append(("report", self.folder.child(REPORT).url_of(PAGE_FILE)))
         if self.tracking_uri is not None:
-            made.append(("MLflow", f"mlflow ui --backend-store-uri {self.tracking_uri}"))
+            made.append(("MLflow", mlflow_command(self.tracking_uri)))
         lines.append(fact_table(made))
         if self.retrained is not None:
             lines += ["", "the winner, trained anew:", self.retrained.render()]

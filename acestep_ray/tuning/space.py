@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import yaml
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.plain_yaml import load_yaml
+from acestep_ray.storage import StoredFile
 from acestep_ray.tuning.distributions import DISTRIBUTIONS, Distribution
 
 TARGET_GROUPS = {
@@ -182,8 +182,8 @@ def read_space(path: str | None, flags: Mapping[str, str | None]) -> Space:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        given = load_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        given = load_yaml(StoredFile.at(path).read_bytes())
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot read the search space ({reason})", where=f"--space {path}") from None
     if not isinstance(given, dict) or not given:

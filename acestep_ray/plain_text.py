@@ -1,0 +1,33 @@
+"""Text of files that people write with other programs: a byte order mark says which Unicode encoding it is in."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+_MARKS = (
+    # The mark of UTF-16 begins that of UTF-32.
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding that the byte order mark in a file's first four bytes names; UTF-8 where there is none.
+
+    Python's decoder strips the mark.
+    """
+    return next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
+
+
+def decode_text(content: bytes) -> str:
+    """The text without its byte order mark; UTF-8 where it has none. Raises UnicodeDecodeError."""
+    return content.decode(encoding_of(content[:4]))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file with line feeds as its line ends. Raises OSError and UnicodeDecodeError."""
+    return decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
