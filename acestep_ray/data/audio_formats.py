@@ -23,6 +23,8 @@ AUDIO_SUFFIXES = frozenset(
         ".au",
         ".caf",
         ".w64",
+        ".rf64",
+        ".bw64",
     }
 )
 """Suffixes of the audio files that are always read."""
@@ -47,7 +49,7 @@ TORCHCODEC_SUFFIXES = frozenset(
 )
 """Suffixes of the audio files that are read where torchcodec is installed."""
 
-UNSUPPORTED_SUFFIXES = frozenset({".dsf", ".dff", ".ra"})
+UNSUPPORTED_SUFFIXES = frozenset({".dsf", ".dff", ".ra", ".m4p"})
 """Suffixes of audio files that are known, and not read."""
 
 SOUNDFILE_FORMATS = frozenset({"WAV", "WAVEX", "RF64", "W64", "FLAC", "MP3", "OGG", "AIFF", "AU", "CAF"})
