@@ -223,9 +223,8 @@ def test_notes_of_many_songs_are_a_line_for_each_kind():
 
 
 def test_any_mixture_stays_the_same_once_it_was_read():
-    parts = [
-        *["[00:12.34]", "[00:12]", "<00:12.34>", "word ", "\\n", "\\t", "<br>", "&amp;", "Verse 1:", "(Chorus)", "【verse】", "[verse]", "0:01 "]
-    ]
+    parts = ["[00:12.34]", "[00:12]", "<00:12.34>", "word ", "\\n", "\\t", "<br>", "&amp;", "0:01 "]
+    parts += ["Verse 1:", "(Chorus)", "【verse】", "[verse]"]
     parts += [
         "\n",
         "\r\n",
