@@ -82,20 +82,23 @@ def read_lyric_text(text: str) -> tuple[str, list[LyricNote]]:
     """
     if not _MAY_NEED_READING.search(text):
         return text, []
-    notes: list[LyricNote] = []
-    read = text
-    for step in (
-        _without_invisible,
-        _with_plain_letters,
-        _with_line_ends,
-        _without_html,
-        _without_times,
-        _without_no_lyrics,
-        _with_tags,
-    ):
-        read = step(read, notes)
-    return read if read == text else read.strip(), [note for note in notes if note.number]
+    numbers: dict[str, int] = {}
+    read, before = text, None
+    for _ in range(_PASSES):
+        if read == before:
+            break
+        before = read
+        notes: list[LyricNote] = []
+        for step in _STEPS:
+            read = step(read, notes)
+        read = before if read == before else read.strip()
+        for note in notes:
+            numbers[note.what] = max(note.number, numbers.get(note.what, 0))
+    return read, [LyricNote(what, number) for what, number in numbers.items() if number]
 
+
+# Read again until nothing changes, so that lyrics that were read once stay the same.
+_PASSES = 5
 
 # One search that finds nothing in most lyrics.
 _MAY_NEED_READING = re.compile(
@@ -156,16 +159,16 @@ def _with_plain_letters(text: str, notes: list[LyricNote]) -> str:
 
 # One backslash, or the two that a second quoting left.
 _LINE_END = r"\\{1,2}r\\{1,2}n|\\{1,2}[nN]|\\{1,2}r(?![a-z])"
-_TYPED_LINE_END = re.compile(rf"[ \t]*(?:{_LINE_END})[ \t]*")
+_TYPED_LINE_END = re.compile(rf"(?<![ \t])[ \t]*(?:{_LINE_END})[ \t]*")
 # In lyrics with line ends of their own: at the end of a line, doubled, or beside a tag in brackets.
 _CERTAIN_LINE_END = re.compile(
-    rf"[ \t]*(?:{_LINE_END})[ \t]*$|[ \t]*(?:(?:{_LINE_END})[ \t]*){{2,}}"
-    rf"|(?<=\])[ \t]*(?:{_LINE_END})[ \t]*|[ \t]*(?:{_LINE_END})[ \t]*(?=\[)",
+    rf"(?<![ \t])[ \t]*(?:(?:{_LINE_END})[ \t]*(?:$|(?=\[))|(?:(?:{_LINE_END})[ \t]*){{2,}})"
+    rf"|(?<=\])[ \t]*(?:{_LINE_END})[ \t]*",
     re.MULTILINE,
 )
 _TYPED_TAB = re.compile(r"\\{1,2}t")
 _TYPED_CHARACTER = re.compile(r"\\u([0-9a-fA-F]{4})(?:\\u([dD][c-fC-F][0-9a-fA-F]{2}))?")
-_ESCAPED_QUOTE = re.compile(r"\\+(['\"’])")
+_ESCAPED_QUOTE = re.compile(r"\\{1,3}(['\"’])")
 
 
 def _with_line_ends(text: str, notes: list[LyricNote]) -> str:
@@ -191,7 +194,7 @@ def _with_line_ends(text: str, notes: list[LyricNote]) -> str:
 
 def _typed_line_end(match: re.Match[str]) -> str:
     """Nothing before a line end of the text, else as many as were typed."""
-    return "" if match.string[match.end() :].startswith(("\n", "\r\n")) else "\n"
+    return "" if match.string.startswith(("\n", "\r\n"), match.end()) else "\n"
 
 
 def _typed_character(match: re.Match[str]) -> str:
@@ -202,7 +205,7 @@ def _typed_character(match: re.Match[str]) -> str:
 
 # --- HTML --------------------------------------------------------------------------------------------------
 
-_BREAK = re.compile(r"[ \t]*(?:<br\s*/?>|</(?:p|div|li)>)[ \t]*(\r?\n)?", re.IGNORECASE)
+_BREAK = re.compile(r"(?<![ \t])[ \t]*(?:<br\s*/?>|</(?:p|div|li)>)[ \t]*(\r?\n)?", re.IGNORECASE)
 _TAG = re.compile(
     r"</?(?:p|div|span|i|b|u|em|strong|font|a|li|ul|ol|pre|code|small|big|sup|sub|h[1-6]|blockquote|body|html)"
     r"(?:\s[^<>\n]*)?/?>",
@@ -308,16 +311,31 @@ _INSTRUMENTAL = re.compile(
     r"|инструментал(?:ьная)?|без слов)[\W_]*",
     re.IGNORECASE,
 )
-_MUSIC_SIGNS = re.compile(r"[\s♩♪♫♬♭♯🎵🎶\ufe0f()\[\]*~～.…-]*[♩♪♫♬🎵🎶][\s♩♪♫♬♭♯🎵🎶\ufe0f()\[\]*~～.…-]*")
+_MUSIC_SIGNS = frozenset("♩♪♫♬🎵🎶")
+_BESIDE_MUSIC_SIGNS = frozenset("♭♯\ufe0f()[]*~～.…-")
 # The tags by which the released models know instrumental music.
 _INSTRUMENTAL_TAG = re.compile(r"\s*\[\s*inst(?:rumental)?\s*\]\s*", re.IGNORECASE)
 
 
 def says_instrumental(text: str) -> bool:
     """Whether the whole of `text` says that nothing is sung: `[Instrumental]`, `(no lyrics)`, `♪`, `纯音乐，请欣赏`."""
-    return bool(_INSTRUMENTAL.fullmatch(text) or _MUSIC_SIGNS.fullmatch(text))
+    if _INSTRUMENTAL.fullmatch(text):
+        return True
+    characters = {character for character in text if not character.isspace()}
+    return bool(characters & _MUSIC_SIGNS) and characters <= _MUSIC_SIGNS | _BESIDE_MUSIC_SIGNS
 
 
 def is_instrumental_tag(text: str) -> bool:
     """Whether the whole of `text` is `[inst]` or `[instrumental]`, which the released models read as a tag."""
     return bool(_INSTRUMENTAL_TAG.fullmatch(text))
+
+
+_STEPS = (
+    _without_invisible,
+    _with_plain_letters,
+    _with_line_ends,
+    _without_html,
+    _without_times,
+    _without_no_lyrics,
+    _with_tags,
+)

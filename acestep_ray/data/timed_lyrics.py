@@ -222,8 +222,10 @@ def _joined(lines: list[str]) -> str:
 # --- subtitles ---------------------------------------------------------------------------------------------
 
 _CUE_TIME = r"(?:\d{1,2}:)?\d{1,2}:\d{2}[.,]\d{1,3}"
-_CUE = re.compile(rf"^\s*({_CUE_TIME})\s*-->\s*{_CUE_TIME}[^\n]*$", re.MULTILINE)
-_SBV_CUE = re.compile(r"^\s*(\d{1,2}:\d{2}:\d{2}\.\d{3}),\d{1,2}:\d{2}:\d{2}\.\d{3}\s*$", re.MULTILINE)
+_CUE = re.compile(rf"^[^\S\n]*({_CUE_TIME})[^\S\n]*-->[^\S\n]*{_CUE_TIME}[^\n]*$", re.MULTILINE)
+_SBV_CUE = re.compile(
+    r"^[^\S\n]*(\d{1,2}:\d{2}:\d{2}\.\d{3}),\d{1,2}:\d{2}:\d{2}\.\d{3}[^\S\n]*$", re.MULTILINE
+)
 _CUE_MARKUP = re.compile(
     r"</?(?:[biucv]|ruby|rt|lang|font)(?:[.\s][^<>\n]*)?>|\{\\[^{}\n]*\}|[♩♪♫♬🎵🎶]", re.IGNORECASE
 )

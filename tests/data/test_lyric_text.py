@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import unicodedata
 
 import pytest
@@ -219,3 +220,41 @@ def test_notes_of_many_songs_are_a_line_for_each_kind():
         "lyrics of 5 songs (a, b, c, …): times of 10 lines removed",
         r"lyrics of 1 song (f): 1 typed \n read as line ends",
     ]
+
+
+def test_any_mixture_stays_the_same_once_it_was_read():
+    parts = ["[00:12.34]", "[00:12]", "<00:12.34>", "word ", "\\n", "\\t", "<br>", "&amp;", "0:01 "]
+    parts += ["Verse 1:", "(Chorus)", "【verse】", "[verse]"]
+    parts += [
+        "\n",
+        "\r\n",
+        "1\n00:00:01,000 --> 00:00:02,000\n",
+        "♪",
+        "[ti:x]",
+        "作词: a",
+        "[12,34]",
+        "e\u0301",
+        "no lyrics",
+    ]
+    draw = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choices(parts, k=draw.randint(1, 12)))
+        once, _ = read_lyric_text(text)
+        assert read_lyric_text(once)[0] == once, text
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "\\" * 50_000,
+        r"\n" * 50_000 + "x",
+        "♪ " * 30_000 + "x",
+        "\\" + " " * 100_000 + "x",
+        "[00:01.00]" * 20_000,
+        "<" + "\t" * 100_000,
+    ],
+    ids=["backslashes", "line ends", "signs", "spaces", "times", "tabs"],
+)
+def test_a_hostile_text_takes_no_minutes(hostile):
+    read_lyric_text(hostile)
