@@ -73,7 +73,7 @@ def one_of(value: object, choices: Iterable[str], *, elsewhere: Iterable[str] = 
     near = next(iter(same + begun), None) or nearest(text, choices)
     if value in set(elsewhere):
         near = None
-    listed = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+    listed = (" or " if len(choices) == 2 else ", ").join(choices)
     return f"did you mean {near}? It is one of {listed}" if near else f"one of {listed}"
 
 
