@@ -116,7 +116,7 @@ def test_a_value_that_is_like_no_choice_is_told_with_all_of_them():
 
 
 def test_a_value_that_another_command_takes_is_not_called_mistyped():
-    assert one_of("float16", ["float32", "bfloat16"], elsewhere=["float16"]) == "one of float32 or bfloat16"
+    assert one_of("float16", ["float32", "bfloat16"], elsewhere=["float16"]) == "one of float32, bfloat16"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

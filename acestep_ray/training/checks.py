@@ -88,7 +88,7 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         raise InputError(
             "unknown way to clip gradients",
             where=where,
-            fix=one_of(config.gradient_clip_algorithm, ("norm", "value")),
+            fix=one_of(config.gradient_clip_algorithm, ("norm", "value"), separator=" or "),
         )
     if Path(config.exp_name).name != config.exp_name or config.exp_name in ("", ".", ".."):
         raise InputError("not a plain name", where=f"--exp_name {config.exp_name!r}", fix="use no slashes")
