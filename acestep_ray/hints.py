@@ -61,7 +61,9 @@ def command_hints(word: str, group: str, commands: Commands) -> list[str]:
     return hints or [f"there {'are' if len(here) > 1 else 'is'} {', '.join(here)}"]
 
 
-def one_of(value: object, choices: Iterable[str], *, elsewhere: Iterable[str] = ()) -> str:
+def one_of(
+    value: object, choices: Iterable[str], *, elsewhere: Iterable[str] = (), separator: str = ", "
+) -> str:
     """The choices that a setting has, after the one that a mistyped value is most like.
 
     A value that is a choice `elsewhere` is not mistyped.
@@ -73,7 +75,7 @@ def one_of(value: object, choices: Iterable[str], *, elsewhere: Iterable[str] = 
     near = next(iter(same + begun), None) or nearest(text, choices)
     if value in set(elsewhere):
         near = None
-    listed = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+    listed = separator.join(choices)
     return f"did you mean {near}? It is one of {listed}" if near else f"one of {listed}"
 
 

@@ -79,7 +79,7 @@ def merge(config: MergeConfig) -> MergeSummary:
     """
     started = time.monotonic()
     if config.dtype not in DTYPES:
-        fix = one_of(config.dtype, DTYPES, elsewhere=LORA_DTYPES)
+        fix = one_of(config.dtype, DTYPES, elsewhere=LORA_DTYPES, separator=" or ")
         raise InputError("unknown dtype", where=f"--dtype {config.dtype}", fix=fix)
     largest_file = parse_size(config.max_shard_size)
     if largest_file is None:

@@ -89,7 +89,7 @@ def check_train_config(config: TrainConfig) -> TrainConfig:
         raise InputError(
             "unknown way to clip gradients",
             where=where,
-            fix=one_of(config.gradient_clip_algorithm, ("norm", "value")),
+            fix=one_of(config.gradient_clip_algorithm, ("norm", "value"), separator=" or "),
         )
     check_exp_name(config)
     if config.lora_config_path is None and config.init_lora_path is not None:

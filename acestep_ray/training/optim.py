@@ -24,7 +24,9 @@ def check_optimizer(config: TrainConfig) -> None:
     """Raise InputError for an optimizer that is not there or cannot train what is to be trained."""
     where = f"--optimizer {config.optimizer}"
     if config.optimizer not in OPTIMIZERS:
-        raise InputError("unknown optimizer", where=where, fix=one_of(config.optimizer, OPTIMIZERS))
+        raise InputError(
+            "unknown optimizer", where=where, fix=one_of(config.optimizer, OPTIMIZERS, separator=" or ")
+        )
     if config.optimizer != ADAMW_8BIT:
         return
     _import_adamw8bit()

@@ -176,7 +176,15 @@ def check_space(space: Space, base: TrainConfig, lora: dict[str, Any], checkpoin
         model = json.dumps([its["r"], its["target_modules"]])
         if model not in checked:
             checked.add(model)
-            check_model(replace(config, lora_config_path="the search space"), its, checkpoint)
+            try:
+                check_model(replace(config, lora_config_path="the search space"), its, checkpoint)
+            except InputError as error:  # its remedy is for a file of the LoRA configuration
+                raise InputError(
+                    error.what,
+                    where=error.where,
+                    fix="change `rank` or `targets` in the file of --space, or give --search_rank, such as "
+                    '"choice(4, 8)", or --search_targets',
+                ) from None
 
 
 def held_out_songs(found: Songs, base: TrainConfig) -> tuple[int, ...]:

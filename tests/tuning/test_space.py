@@ -214,3 +214,19 @@ def test_extremes_hold_every_choice_and_both_ends_of_a_range():
     assert {params["learning_rate"] for params in extremes} == {1e-4, 1e-3}
     assert {params["targets"] for params in extremes} == set(space.dimensions["targets"].values)
     assert max(params["ssl_coeff"] for params in extremes) == 1
+
+
+def test_a_rank_that_no_layer_has_is_told_with_the_searchs_own_flag(tmp_path):
+    from acestep_ray.config import TrainConfig
+    from acestep_ray.models.checkpoint import CheckpointDir
+    from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
+    from acestep_ray.training.lora_config import DEFAULT_LORA
+    from acestep_ray.tuning.job import check_space
+
+    write_tiny_checkpoint(tmp_path / "tiny")
+    space = read_space(None, {"rank": "choice(4, 256)"})
+    base = TrainConfig(dataset_path="c", checkpoint_dir=str(tmp_path / "tiny"), lora_config_path="lora.json")
+    with pytest.raises(InputError, match="rank 256 is larger") as told:
+        check_space(space, base, dict(DEFAULT_LORA), CheckpointDir.open(tmp_path / "tiny"))
+    assert "--search_rank" in told.value.fix
+    assert "rank_pattern" not in told.value.fix
