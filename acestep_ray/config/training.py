@@ -238,6 +238,9 @@ class TuneConfig(TrainConfig):
         ),
         "data": (
             "dataset_path",
+            "texts",
+            "tag_metas",
+            "min_decoded",
             "num_workers",
             "reload_dataloaders_every_n_epochs",
             "keep_unknown_lyrics",

@@ -98,7 +98,7 @@ class AudioFile:
         self._headers_only = not fetch_whole
         self._min_decoded = MIN_DECODED if min_decoded is None else min_decoded
         self._limit = (
-            f"{MIN_DECODED:.0%} must" if min_decoded is None else f"--min_decoded is {min_decoded:g}"
+            f"{MIN_DECODED:.0%} must" if min_decoded is None else f"--min_decoded is {min_decoded}"
         )
         self._level: Level | None = None
         self._damage = ""
@@ -194,7 +194,7 @@ class AudioFile:
         if math.isinf(scale):
             raise AudioError(
                 RejectReason.CORRUPT,
-                f"the float samples reach {self._level.peak:.1e}, which is no sound: {self._source.name}",
+                f"the float samples reach {self._level.peak:,.0f}, which is no sound: {self._source.name}",
             )
         return np.divide(samples, np.float32(scale), out=samples)
 

@@ -52,7 +52,7 @@ MISTAKES = [
     ({"output_path": "song.xyz"}, r"cannot write `\.xyz`"),
     ({"output_path": "song"}, "no suffix"),
     ({"output_path": "/proc/nowhere/song.wav"}, "cannot write here"),
-    ({"output_path": f"{'n' * 252}.wav"}, "the file's name is too long"),
+    ({"output_path": f"{'n' * 252}.wav"}, "the name is too long"),
     ({"output_path": f"{'n' * 250}.wav", "seed": "10,11"}, "the file's name is too long"),
     ({"batch_size": 0}, "--batch_size 0"),
     ({"output_dir": "folder"}, "goes with --batch_path only: --output_dir folder"),

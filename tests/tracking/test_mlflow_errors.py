@@ -292,7 +292,7 @@ def test_an_address_without_its_scheme_is_told_with_the_whole_one(address, meant
     [
         "http://localhost:5000",
         "https://host/path",
-        "sqlite:///mlflow.db",
+        "sqlite:////a/mlflow.db",
         "postgresql+psycopg2://host/db",
         "mysql://host/db",
         "databricks",
