@@ -8,7 +8,7 @@ import unicodedata
 from acestep_ray.errors import InputError
 
 LONGEST_NAME = 200
-"""Bytes: what is made of it has a suffix, and 255 is the most that file systems take."""
+"""In bytes. File systems take 255, and files derived from the name have suffixes."""
 _LONGEST_PART = 255
 # Control characters, halves of characters and bytes that are no Unicode, ends of lines and of paragraphs.
 _UNUSABLE = ("Cc", "Cs", "Zl", "Zp")

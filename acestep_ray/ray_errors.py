@@ -16,7 +16,7 @@ _CONNECT_SECONDS = 3.0
 _ATTEMPTS = 3
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KEYWORDS = ("auto", "local")
-_HOST_PORT = "give HOST:PORT of the cluster's head, 6379 if nobody chose another port, or unset $RAY_ADDRESS"
+_HOST_PORT = "give HOST:PORT of the cluster's head, 6379 by default, or unset $RAY_ADDRESS"
 
 
 def check_address(address: str, *, own_address: Callable[[], str] | None = None) -> None:

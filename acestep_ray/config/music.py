@@ -153,7 +153,7 @@ class EvaluateConfig(PathSettings):
     tracking_experiment: str = "acestep-ray evaluate"
     """MLflow's experiment, in which the run is shown."""
     restore_experiment: bool = False
-    """Where MLflow's experiment, or this run in it, was deleted in MLflow's page: bring it back and go on with it."""
+    """Where MLflow's experiment, or this run in it, was deleted in MLflow's page: restore it and continue the run."""
     precision: str = "auto"
     """Precision of the transformer: 32, or bf16 (auto on a GPU)."""
     device: str = "auto"

@@ -107,7 +107,7 @@ class TrainConfig(PathSettings):
     tracking_experiment: str = "acestep-ray"
     """MLflow's experiment, in which the run is shown."""
     restore_experiment: bool = False
-    """Where MLflow's experiment, or this run in it, was deleted in MLflow's page: bring it back and go on with it."""
+    """Where MLflow's experiment, or this run in it, was deleted in MLflow's page: restore it and continue the run."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01

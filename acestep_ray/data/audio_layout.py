@@ -1,7 +1,7 @@
 """Where the sound of a file is: stretches of its bytes that a decoder reads one after another, and what is lost.
 
 A decoder believes the length in a file's header, and guesses one where there is none. A layout says what is there. Each
-stretch is shown to the decoder as a file of its own with a right header, so that one decoder reads all of them.
+stretch is presented to the decoder as a separate file with a corrected header, so that one decoder reads them all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Piece = bytes | tuple[int, int]
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of sound that a decoder reads as a file of its own."""
+    """A stretch of audio that the decoder reads as a separate file."""
 
     frames: int
     sample_rate: int

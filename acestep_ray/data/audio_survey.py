@@ -29,7 +29,7 @@ def open_view(source: AudioSource, pieces: Sequence[Piece]) -> soundfile.SoundFi
 
 
 def survey(source: AudioSource, file: soundfile.SoundFile | None, *, headers_only: bool) -> Layout | None:
-    """The layout of a file, or None where libsndfile reads it rightly or nobody does.
+    """The layout of a file, or None where libsndfile reads it correctly, or where no repair is known.
 
     `file` is the file as libsndfile opens it, None where it does not. `headers_only` leaves out what takes a look at
     the whole file.

@@ -99,9 +99,9 @@ def markup_fields(text: str) -> dict[str, str] | None:
 
 
 def line_fields(text: str) -> dict[str, str] | None:
-    """The `key: value` lines of Side-Step by key, of which `lyrics` goes on to the end; None for another text.
+    """The `key: value` lines of Side-Step by key, where `lyrics` extends to the end of the text; None for another text.
 
-    A value goes on over the lines behind it that start with no key of the layout.
+    A value includes the following lines that do not start with a known key.
     """
     found: dict[str, list[str]] = {}
     current = None

@@ -240,7 +240,7 @@ def _copy_split(store: Store, split: str, target: Path) -> None:
 
 
 def load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
-    """One split of a dataset directory on this machine, as it is stored. Raises InputError."""
+    """One split of a local dataset directory, unchanged. Raises InputError."""
     import datasets
 
     if not os.path.isdir(directory):

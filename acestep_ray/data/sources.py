@@ -53,7 +53,7 @@ class SourceSong:
 
 @dataclass
 class _TableRow:
-    """What a table that lies in a folder of songs says of one of them."""
+    """What a table inside a folder of songs says about one song."""
 
     table: str
     texts: SongTexts

@@ -49,7 +49,7 @@ def check_cluster(address: str, place: str | None, *, seconds: float = CLUSTER_S
         yield problem(
             "cluster",
             f"{address} is the dashboard's address, which `ray job submit --address` takes",
-            f"give the cluster's own, {host}:{_DEFAULT_PORT} if nobody chose another",
+            f"give the cluster's own, {host}:{_DEFAULT_PORT} by default",
         )
         return
     is_open = None

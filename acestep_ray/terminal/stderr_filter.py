@@ -1,6 +1,6 @@
 """Copies standard input to standard output, without the lines that say nothing to a user.
 
-Run as a program of its own by `driver_stderr`, without the package and without site-packages, so that it starts in
+Run as a separate program by `driver_stderr`, without the package and without site-packages, so that it starts in
 milliseconds. A process rather than a thread: what a crash of the driver writes last still arrives.
 """
 

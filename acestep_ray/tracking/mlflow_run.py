@@ -76,12 +76,12 @@ def start_mlflow_run(
     restore: bool = False,
     say: Say = print,
 ) -> MLflowRun:
-    """Make a run, or go on with `run_id`, and note its settings and tags.
+    """Make a run, or continue `run_id`, and log its settings and tags.
 
-    A param that has another value than the run was begun with is noted as a tag, `resumed.NAME`. A run that was deleted
-    is told and made anew; with `restore` it is brought back, and so is a deleted experiment. Raises InputError for an
-    experiment that was deleted otherwise, for what lasts, such as a database of another MLflow version, and when the
-    server takes no new run; a known one then goes on all the same, with a warning.
+    A param whose value differs from the one that the run began with is logged as a tag, `resumed.NAME`. A deleted run is
+    reported and replaced by a new one; with `restore` it is restored, and so is a deleted experiment. Raises InputError
+    for a deleted experiment without `restore`, for lasting causes such as a database of another MLflow version, and when
+    the server takes no new run. A known run then continues with a warning.
     """
     from mlflow.tracking import MlflowClient
 
