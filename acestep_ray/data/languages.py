@@ -7,7 +7,7 @@ from functools import cache
 
 from acestep_ray.errors import InputError
 
-# Country codes and slips that are in wide use for a language. `kr` is also Kanuri's code, `gr` and the others are assigned to none.
+# Country codes and slips in wide use for a language. `kr` is also Kanuri's code; `gr` and the others are free.
 _USUAL = {
     "jp": "ja",
     "kr": "ko",

@@ -78,10 +78,10 @@ def start_mlflow_run(
 ) -> MLflowRun:
     """Make a run, or continue `run_id`, and log its settings and tags.
 
-    A param whose value differs from the one that the run began with is logged as a tag, `resumed.NAME`. A deleted run is
-    reported and replaced by a new one; with `restore` it is restored, and so is a deleted experiment. Raises InputError
-    for a deleted experiment without `restore`, for lasting causes such as a database of another MLflow version, and when
-    the server takes no new run. A known run then continues with a warning.
+    A param whose value differs from the one that the run began with is logged as a tag, `resumed.NAME`. A deleted run
+    is reported and replaced by a new one; with `restore` it is restored, and so is a deleted experiment. Raises
+    InputError for a deleted experiment without `restore`, for lasting causes such as a database of another MLflow
+    version, and when the server takes no new run. A known run then continues with a warning.
     """
     from mlflow.tracking import MlflowClient
 
