@@ -97,9 +97,7 @@ class AudioFile:
         self._source = AudioSource(file, WHOLE_FETCH_BYTES if fetch_whole else 0)
         self._headers_only = not fetch_whole
         self._min_decoded = MIN_DECODED if min_decoded is None else min_decoded
-        self._limit = (
-            f"{MIN_DECODED:.0%} must" if min_decoded is None else f"--min_decoded is {min_decoded}"
-        )
+        self._limit = f"{MIN_DECODED:.0%} must" if min_decoded is None else f"--min_decoded is {min_decoded}"
         self._level: Level | None = None
         self._damage = ""
         self.decoded_share = None
