@@ -40,4 +40,4 @@ def test_every_file_of_settings_may_have_one(encoding, tmp_path):
     (tmp_path / "space.yaml").write_bytes(b"".join(["rank: log2int(4, 64)\n".encode(encoding)]))
     assert "rank" in read_space(str(tmp_path / "space.yaml"), {}).dimensions
     (tmp_path / "words.txt").write_bytes("[verse]\r\nLa é\n".encode(encoding))
-    assert read_lyrics("words.txt", tmp_path) == "[verse]\nLa é\n"
+    assert read_lyrics("words.txt", tmp_path) == ("[verse]\nLa é\n", [])

@@ -279,7 +279,7 @@ def test_a_setting_out_of_bounds_is_refused_by_its_flag(config, name, value):
 
 
 def test_unknown_features_are_refused_by_name(config):
-    with pytest.raises(InputError, match=r"--features has 'midi'(?s:.*)latents,text,ssl"):
+    with pytest.raises(InputError, match=r"--features has 'midi'(?s:.*)latents, text, ssl"):
         precompute(replace(config, features="latents,midi"))
 
 

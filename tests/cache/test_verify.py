@@ -62,7 +62,7 @@ def test_leftovers_are_counted_and_are_no_fault(cache):
     store_rows(cache, [song_row("e")])
     summary = verify_cache(cache.url)
     assert summary.leftovers == 2
-    assert "2 files: `acestep-ray cache prune`" in summary.render()
+    assert f"2 files: `acestep-ray cache prune {cache.url}`" in summary.render()
 
 
 def test_every_damaged_song_is_named_with_its_part(cache):

@@ -103,7 +103,7 @@ def test_a_run_that_is_under_way_and_one_that_was_interrupted_are_told_apart(wri
         (
             ["exps/my_run/train.yaml", "exps/my_run/run.json", "exps/my_run/checkpoints"],
             ["train.yaml is not there", "run.json is not there", "There is no checkpoint (yet)"],
-            ["Loss by step", "<audio", "4158"],
+            ["Loss by step", "<audio", "4,158"],
         ),
     ],
 )

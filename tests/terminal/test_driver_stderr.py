@@ -72,8 +72,10 @@ filter_stderr()
 
 
 def start(code: str, stderr=subprocess.PIPE) -> subprocess.Popen:
+    # Below a command in the background, Ctrl-C is ignored from the start.
+    ctrl_c = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER.format(noise=NOISE) + code],
+        [sys.executable, "-c", ctrl_c + DRIVER.format(noise=NOISE) + code],
         stderr=stderr,
         stdout=subprocess.PIPE,
         start_new_session=True,

@@ -33,7 +33,8 @@ OF_NO_MATTER = {
     "devices", "num_nodes", "accumulate_grad_batches",  # their product matters
     "min_devices", "worker_resource", "max_failures", "cpu_offload", "val_check_interval", "early_stopping_patience",
     "ckpt_path", "init_lora_path",
-    "keep_unknown_lyrics",  # which songs there are is in their fingerprint
+    "tracking_experiment", "restore_experiment",
+    "texts", "tag_metas", "min_decoded", "keep_unknown_lyrics",  # which songs there are is in their fingerprint
     "cuda_graphs",  # the same numbers as far as bfloat16 goes
     "fused",  # likewise
 }  # fmt: skip
