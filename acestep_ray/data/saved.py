@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.schema import load_split, splits_of
 from acestep_ray.data.sources import FilesBelow, SourceSong, song_of_row
+from acestep_ray.data.tables import plain_columns
 from acestep_ray.storage import Store, is_url
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def songs_of_dataset(folder: Store, findings: Findings) -> Iterator[SourceSong]:
     unused: dict[str, str] = {}
     for split in splits:
         rows = load_split(folder.path, split, folder.url).with_format(None)
+        rows = rows.select_columns(plain_columns(rows.features.arrow_schema))
         root = root_of_files(folder, rows, findings.warnings) if "filename" in rows.column_names else folder
         for number, row in enumerate(rows):
             origin = f"{split}, row {number}"

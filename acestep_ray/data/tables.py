@@ -74,6 +74,20 @@ def what_to_give(source: str) -> str:
     )
 
 
+def plain_columns(schema: pa.Schema) -> list[str]:
+    """The columns whose types are Arrow's own. Values of an extension type run its code when they are read, and Ray's
+    type of Python objects unpickles them."""
+    return [field.name for field in schema if not _has_extension(field.type)]
+
+
+def _has_extension(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return True
+    if pa.types.is_dictionary(kind):
+        return _has_extension(kind.value_type)
+    return any(_has_extension(kind.field(i).type) for i in range(kind.num_fields))
+
+
 def names_audio(columns: Sequence[object]) -> bool:
     """Whether one of the columns names audio files."""
     return bool({plain_name(column) for column in columns} & set(FILE_NAMES))
@@ -270,8 +284,12 @@ def _rows_of_batches(
     if not names_audio(schema.names):
         findings.problems.append(f"{table}: has no column filename; it has {', '.join(schema.names)}")
         return
+    names = plain_columns(schema)
+    if not names_audio(names):
+        findings.problems.append(f"{table}: the column that names the files is of a type that is not read")
+        return
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in batch.select(names).to_pylist():
             number += 1
             yield f"{table}, row {number}", row

@@ -26,6 +26,7 @@ from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES
 from acestep_ray.data.fields import FILE_NAMES, plain_name
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.schema import load_split, splits_of
+from acestep_ray.data.tables import plain_columns
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store, StoredFile
 from acestep_ray.terminal import Progress
@@ -177,8 +178,9 @@ def _batches(file: StoredFile) -> Iterator[tuple[pa.Schema, pa.RecordBatch]]:
     with file.open() as content:
         if file.name.lower().endswith(".parquet"):
             parquet = pq.ParquetFile(content)
+            names = plain_columns(parquet.schema_arrow)
             for batch in parquet.iter_batches(_ROWS_AT_ONCE):
-                yield parquet.schema_arrow, batch
+                yield batch.select(names).schema, batch.select(names)
             return
         try:
             reader = pa.ipc.open_file(content)
@@ -186,9 +188,10 @@ def _batches(file: StoredFile) -> Iterator[tuple[pa.Schema, pa.RecordBatch]]:
         except pa.ArrowInvalid:
             content.seek(0)
             reader = batches = pa.ipc.open_stream(content)
-        for whole in batches:
+        names = plain_columns(reader.schema)
+        for whole in (batch.select(names) for batch in batches):
             for start in range(0, whole.num_rows, _ROWS_AT_ONCE):
-                yield reader.schema, whole.slice(start, _ROWS_AT_ONCE)
+                yield whole.schema, whole.slice(start, _ROWS_AT_ONCE)
 
 
 def _rows_of_files(files: list[StoredFile]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -215,10 +218,13 @@ def _rows_of_dataset(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of all splits of a saved dataset, its audio as stored."""
     for split in splits_of(directory, str(directory)):
         dataset = load_split(directory, split, str(directory)).with_format("arrow")
-        for table in Progress(f"unpacking {split}", len(dataset), "songs").over(dataset.iter(batch_size=1)):
+        for stored in Progress(f"unpacking {split}", len(dataset), "songs").over(dataset.iter(batch_size=1)):
+            table = stored.select(plain_columns(stored.schema))
             column = _audio_column(table.schema)
             if column is None:
-                column = next(name for name in table.schema.names if plain_name(name) in FILE_NAMES)
+                column = next((name for name in table.schema.names if plain_name(name) in FILE_NAMES), None)
+            if column is None:
+                continue
             for row in table.to_pylist():
                 yield column, row
 

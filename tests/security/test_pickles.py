@@ -5,6 +5,7 @@ Embeddings of speakers are in tests/data/test_speaker.py, LoRAs in tests/export/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -26,6 +27,8 @@ from acestep_ray.cache.reader import CacheReader
 from acestep_ray.cache.schema import INDEX_SCHEMA, LEDGER_SCHEMA, MANIFEST
 from acestep_ray.cache.stored import find_rows
 from acestep_ray.cache.verify import verify_cache
+from acestep_ray.config import PrepareConfig
+from acestep_ray.data.prepare import prepare_dataset
 from acestep_ray.data.schema import open_dataset
 from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
@@ -61,6 +64,30 @@ def parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_table_of_songs_is_read_without_columns_that_hold_programs(tmp_path, canary, suffix):
+    """Beside the file names, in place of them, and in place of audio that `prepare` unpacks."""
+    (tmp_path / "songs").mkdir()
+    (tmp_path / "songs" / "a.wav").write_bytes(b"x")
+    names, programs = pa.array(["a.wav"]), pickled_column(canary)
+    nested = pa.StructArray.from_arrays([pa.array([b"x"]), programs], names=["bytes", "path"])
+    for columns in ({"filename": names, "tags": programs}, {"filename": programs}, {"audio": nested}):
+        table = pa.table(columns)
+        place = tmp_path / "songs" / f"t{suffix}"
+        if suffix == ".parquet":
+            pq.write_table(table, place)
+        else:
+            with pa.ipc.new_file(place, table.schema) as writer:
+                writer.write_table(table)
+        for read in (SongTable.open, prepared):
+            with contextlib.suppress(InputError):
+                read(place)
+
+
+def prepared(place: Path) -> None:
+    prepare_dataset(PrepareConfig(data_dir=str(place), output_dir=str(place.parent.parent / "set")))
 
 
 @pytest.fixture
