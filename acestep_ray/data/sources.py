@@ -327,7 +327,8 @@ def _rows_of_tables_within(
     for name in audio:
         by_base.setdefault(posixpath.basename(name), []).append(name)
     bases = Names(base for base, found in by_base.items() if len(found) == 1)
-    for table in tables:
+    # Of several tables the first wins, and Hugging Face's is written for this.
+    for table in sorted(tables, key=lambda name: not posixpath.basename(name).startswith("metadata.")):
         status = root.status(table)
         if status is None or status.size > _LARGEST_TABLE:
             continue
