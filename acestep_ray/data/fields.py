@@ -44,6 +44,8 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
         "lyrics",
         "lyrics_multiline",
         "lyric",
+        "transcription",
+        "transcript",
         "formatted_lyrics",
         "raw_lyrics",
     ),

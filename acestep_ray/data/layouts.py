@@ -22,7 +22,7 @@ V15 = "ACE-Step 1.5's layout"
 V15_JSON = "ACE-Step 1.5's dataset JSON"
 SIDE_STEP = "Side-Step's layout"
 AI_TOOLKIT = "ai-toolkit's layout"
-CAPTIONS = "captions in NAME.txt"
+CAPTIONS = "plain captions (NAME.txt)"
 
 _MARKUP = (
     "caption",
@@ -70,6 +70,7 @@ _TIMED = re.compile(r"^\s*(?:\[\d{1,3}:\d{2}|\d{1,2}:\d{2}:\d{2}[,.]\d{3}\s*-->)
 _TAG_CHARACTERS = 40
 _TAG_WORDS = 4
 _SUNG_LINES = 4
+_LONGEST_TAG_WORDS = 6
 
 
 def check_layout(layout: str) -> None:
@@ -161,6 +162,13 @@ def looks_like_lyrics(text: str) -> bool | None:
     if len(lines) >= _SUNG_LINES and sum(short) < 0.5 * len(short):
         return True
     return None
+
+
+def looks_like_description(text: str) -> bool:
+    """Whether a plain text is sentences about the music, which lose their meaning when they are split at commas."""
+    ends_sentence = re.search(r"[.!?。！？]\s*$|[.!?]\s+[A-ZÀ-Þ]", text) is not None
+    pieces = re.split(r"[,，\n]", text)
+    return ends_sentence and any(len(piece.split()) > _LONGEST_TAG_WORDS for piece in pieces)
 
 
 def with_custom_tag(caption: str, tag: str, position: str) -> str:

@@ -109,7 +109,11 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     layouts = findings.layout_lines()
     if packed is not None:
         # A table that was written while unpacking is nothing that the user has.
-        layouts = [f"{len(found.songs):,} songs in {packed.kind}", *(layouts if found.table is None else [])]
+        count = len(found.songs)
+        layouts = [
+            f"{count:,} song{'s' * (count != 1)} in {packed.kind}",
+            *(layouts if found.table is None else []),
+        ]
     return PrepareSummary(
         output_dir=output.url,
         songs=len(found.songs),

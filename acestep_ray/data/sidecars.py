@@ -233,6 +233,9 @@ class _SongReader:
         if mode in ("auto", "ai-toolkit") and (markup := layouts.markup_fields(text)) is not None:
             self.layouts.append(layouts.AI_TOOLKIT)
             return self._texts_of_fields(markup, origin)
+        if mode == "auto" and text.startswith("{") and (facts_here := _json_object(text)) is not None:
+            self.layouts.append(layouts.V15)
+            return self._texts_of_fields(layouts.sample_fields(facts_here, {}, uses_genre=False), origin)
         if mode in ("auto", "side-step") and (lines := layouts.line_fields(text)) is not None:
             self.layouts.append(layouts.SIDE_STEP)
             return self._texts_of_fields(layouts.sample_fields(lines, {}, uses_genre=False), origin)
@@ -278,12 +281,15 @@ class _SongReader:
         if described or (is_lyrics and not has_lyrics):
             self.layouts.append(layouts.V15)
             return SongTexts(lyrics=text)
-        if is_lyrics is None and not has_lyrics:
+        if is_lyrics is None and not has_lyrics and not layouts.looks_like_description(text):
             self.findings.group(
                 "could be tags or lyrics, and is read as tags; pass --texts v15 if NAME.txt holds lyrics, "
                 "--texts v1 if it holds tags",
                 origin,
             )
+        if layouts.looks_like_description(text):
+            self.layouts.append(layouts.CAPTIONS)
+            return SongTexts(caption=text)
         self.layouts.append(layouts.V1)
         return SongTexts(tags=split_tags(text))
 
@@ -317,6 +323,14 @@ class _SongReader:
         self.findings.warnings.append(
             f"{self.origin}: {state}; {stem}_prompt.txt would hold its tags, with commas between them"
         )
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    """The fields of a song in a JSON text; None for any other text."""
+    try:
+        return layouts.json_fields(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _may_be_table(name: str, stems: set[str]) -> bool:

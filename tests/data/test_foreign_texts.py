@@ -197,6 +197,17 @@ def test_a_folder_of_this_project_is_read_as_before(songs):
     assert summary.warnings == []
 
 
+def test_a_description_or_json_in_a_plain_text_file_is_no_list_of_tags(songs):
+    add(songs, "a.wav", "b.wav")
+    text = "A slow, dreamy song with a piano and a warm voice. It feels like rain."
+    write(songs, {"a.txt": text, "b.txt": {"caption": "slow", "bpm": 99, "lyrics": "la"}})
+    summary, rows = prepare(songs)
+    assert rows["a"] == {"filename": "audio/a.wav", "caption": text}
+    assert rows["b"] == {"filename": "audio/b.wav", "caption": "slow", "bpm": 99, "norm_lyrics": "la"}
+    assert summary.layouts == ["1 song in plain captions (NAME.txt)", "1 song in ACE-Step 1.5's layout"]
+    assert prepare(songs, texts="v1")[1]["a"]["tags"][0] == "A slow"
+
+
 def test_each_kind_of_texts_in_a_folder_has_its_line(songs):
     add(songs, "a.wav", "b.wav", "c.wav")
     write(songs, {"a_prompt.txt": "pop", "b.txt": "caption: x\nlyrics:\nla", "c_prompt.txt": "pop"})
