@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,6 +31,12 @@ from acestep_ray.terminal.driver_stderr import filter_stderr
 
 # Of a custom resource that only marks nodes: a node with one of it has room for thousands.
 _LITTLE = 0.0001
+# Prometheus's exporters ask for no token. The last two have no switch: with this port they fail, which Ray logs.
+_NO_METRICS = {
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+}
 
 
 def connect() -> None:
@@ -58,13 +65,37 @@ def connect() -> None:
         # Ray would write a token to the home directory, where every later `ray start` would find it and ask for it.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         logs["include_dashboard"] = False
+        place: AbstractContextManager[None] = _closed_to_others()
+    else:
+        place = contextlib.nullcontext()
     try:
-        ray.init(address=address or "local", **logs)
+        with place:
+            ray.init(address=address or "local", **logs)
     except Exception as error:  # Ray raises errors of many kinds for what the environment lacks
         with contextlib.suppress(Exception):
             ray.shutdown()
         raise explain_start(error, None if address == "local" else address) from error
     _end_in_order()
+
+
+@contextmanager
+def _closed_to_others() -> Iterator[None]:
+    """Start a cluster whose processes listen on 127.0.0.1 alone, and none of them without the token.
+
+    Ray listens on 127.0.0.1 on macOS and Windows. On Linux all ports are open to the network, and no option of
+    `ray.init` changes that: it replaces 127.0.0.1 as the node's address. Variables that the user has set are kept.
+    """
+    added = {name: value for name, value in _NO_METRICS.items() if name not in os.environ}
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(added)
+    if ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ:
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _end_in_order() -> None:

@@ -36,6 +36,23 @@ HEAD = "head"
 # In the environment of every process of a node: also of those that have lost their parents.
 _MARK = "ACESTEP_LOCAL_NODE"
 _LOCALHOST = "127.0.0.1"
+# `ray start` replaces 127.0.0.1 by an address that other machines reach, and only on 127.0.0.1 do Ray's processes listen
+# on nothing else. Variable and constant are Ray's own, for macOS and Windows.
+_LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_START = """
+from ray._private import ray_constants, services
+from ray.scripts.scripts import main
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.resolve_ip_for_localhost = str
+main()
+"""
+# Prometheus's exporters ask for no token and listen on all addresses. The last two have no switch: with this port they
+# fail, which Ray logs.
+_NO_METRICS = {
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+}
 # For tests of networks (RFC 2544): no home or office has these addresses.
 _NETWORK = "198.18"
 _START_SECONDS = 300.0
@@ -180,6 +197,8 @@ class LocalCluster:
         self.headers = {"Authorization": f"Bearer {self.token}"}
         self._for_nodes = dict(environment or {})
         self._bridge = f"ace{secrets.token_hex(3)}" if may_make_namespaces() else None
+        if self._bridge is None:
+            self.environment[_LOOPBACK_VARIABLE] = "0"
         self._subnet = f"{_NETWORK}.{secrets.randbelow(256)}"
         self._head_address = _LOCALHOST if self._bridge is None else f"{self._subnet}.1"
         self._numbers: dict[str, int] = {}
@@ -251,7 +270,8 @@ class LocalCluster:
         command = [
             *([] if place is None else place.enter),
             *([] if settings.own_folder is None else hiding(settings.own_folder)),
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+            *(sys.executable, *(["-m", "ray.scripts.scripts"] if self._bridge else ["-c", _START])),
+            *("start", "--block", "--disable-usage-stats"),
             # Of its own: nodes that start at the same time would choose the same names for their sockets.
             *("--temp-dir", self.folder / settings.name, "--labels", f"{_LABEL}={label}"),
             *("--num-cpus", settings.cpus, "--num-gpus", len(settings.gpus)),
@@ -272,6 +292,7 @@ class LocalCluster:
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, settings.gpus)),
             # A job that is stopped saves first; Ray would kill it after three seconds.
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            **_NO_METRICS,
             **self.environment,
             **self._for_nodes,
             _MARK: mark,
