@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import posixpath
 import tempfile
@@ -140,7 +141,7 @@ def row_metas(row: Mapping[str, Any]) -> list[str]:
     """Tempo and key of a row as tags: `96 bpm`, `A minor`."""
     bpm, keyscale = row.get("bpm"), row_text(row, "keyscale")
     metas = [keyscale] if keyscale else []
-    if bpm is not None and bpm == bpm:  # not NaN
+    if bpm is not None and math.isfinite(bpm):
         metas.insert(0, f"{round(bpm)} bpm")
     return metas
 

@@ -28,7 +28,19 @@ _MOST_BYTES = 4 << 30
 _MOST_FOLDERS = 10_000
 _TIMEOUT = aiohttp.ClientTimeout(total=300, sock_connect=15, sock_read=30)
 # Protocols besides HTTP whose URLs begin with the name of a machine.
-_OF_MACHINES = {"ftp", "ftps", "sftp", "ssh", "smb", "webhdfs", "hdfs", "arrow_hdfs", "jupyter", "jlab", "dask"}
+_OF_MACHINES = {
+    "ftp",
+    "ftps",
+    "sftp",
+    "ssh",
+    "smb",
+    "webhdfs",
+    "hdfs",
+    "arrow_hdfs",
+    "jupyter",
+    "jlab",
+    "dask",
+}
 
 # Metadata services outside the link-local networks: Amazon over IPv6, Alibaba, Azure's WireServer, Oracle.
 _METADATA = {
