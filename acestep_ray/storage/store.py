@@ -52,6 +52,11 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # A file written through hf:// is a commit of its own; web servers take no files at all.
 _READ_ONLY = ("hf", "http", "https")
 # Their URLs name buckets, and the addresses of web servers are compared at each connection.
+_NO_STORAGE = {
+    *("async_wrapper", "asyncwrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "git"),
+    *("github", "gitlab", "libarchive", "reference", "lazy-reference", "simplecache", "tar", "zip"),
+}
+"""fsspec's clients that take another URL from within the first, or are no place for files."""
 _OBJECTS = (*S3, "gs", "gcs", "hf", "http", "https", "memory")
 
 _ONE_REQUEST_BYTES = 64 * 2**20
@@ -101,6 +106,8 @@ class Store:
                 where=without_secrets(text),
                 fix="give them in the environment, as the storage's own tools take them",
             )
+        if protocol in _NO_STORAGE:
+            raise InputError("unknown kind of storage (it reads through others)", where=f"{protocol}://")
         if protocol not in _OBJECTS:
             from acestep_ray.storage.http import check_machine
 

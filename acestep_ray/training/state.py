@@ -146,8 +146,9 @@ class Checkpoints:
         try:
             values = load_json(self.folder(step).read_bytes(STATE_FILE))
             if values["format"] != FORMAT:
+                found = str(values["format"])[:40]
                 raise AceStepError(
-                    f"{self.folder(step).url} has the format {str(values['format'])[:40]}, this version reads {FORMAT}\n"
+                    f"{self.folder(step).url} has the format {found}, this version reads {FORMAT}\n"
                     "  → go on with the version that wrote it, or use another --exp_name"
                 )
             if values["step"] != step:

@@ -157,8 +157,9 @@ def fuzz(reader: str, seconds: float, folder: Path) -> int:
 def read_corpus(reader: str, folder: Path) -> int:
     """Read every seed and every case of the corpus; returns how many were findings."""
     cases = [(name, name, content) for name, content in READERS[reader].seeds().items()]
-    for path in sorted(folder.glob("*")):
-        cases.append((path.name, path.name.partition(".")[2], path.read_bytes()))
+    cases += [
+        (path.name, path.name.partition(".")[2], path.read_bytes()) for path in sorted(folder.glob("*"))
+    ]
     findings = 0
     for label, name, content in cases:
         try:
