@@ -33,9 +33,10 @@ from acestep_ray.data.file_names import locate_file
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.data.speaker import SpeakerEmbeddingError, load_speaker_embedding
 from acestep_ray.errors import InputError
-from acestep_ray.storage import Store
+from acestep_ray.storage import StorageError, Store, is_url
 
 _NO_FILE = "missing"
+_UNREACHABLE = "unreachable"
 
 
 class _Window(NamedTuple):
@@ -61,8 +62,13 @@ def file_versions(root: Store, song: Song) -> FileVersions:
 def _version(root: Store, filename: str) -> str:
     try:
         status = locate_file(root, filename).status()
-    except (InputError, OSError):
+    except (InputError, OSError, ValueError):
         return _NO_FILE  # decoding says what is wrong
+    except StorageError:
+        # Of the dataset's own storage it is everybody's fault; of a URL that a row names, the row's.
+        if not is_url(filename):
+            raise
+        return _UNREACHABLE
     return _NO_FILE if status is None else status.version
 
 
@@ -76,11 +82,13 @@ def rows_are_current(
     if bool(song.speaker_path) != (speaker_hash is not None):
         return False
     now = file_versions(root, song)
+    if _UNREACHABLE in (now.audio, now.speaker):
+        return True  # what was computed is kept until its files can be compared
     try:
         if now.audio != before.audio and audio_sha256(locate_file(root, song.filename)) != audio_hash:
             return False
         return now.speaker == before.speaker or _speaker_sha256(root, song) == speaker_hash
-    except (AudioError, InputError, OSError):
+    except (AudioError, InputError, OSError, ValueError):
         return False  # decoding will say why
 
 
@@ -112,7 +120,7 @@ class _Decoder:
             return
         try:
             file = locate_file(self.root, self.song.filename)
-        except InputError as error:
+        except (InputError, OSError, ValueError, StorageError) as error:
             yield self.reject(RejectReason.BAD_PATH, first_line(error))
             return
         number = 0
@@ -132,6 +140,11 @@ class _Decoder:
                         yield self._window(audio.sample_rate, window, window.samples)
         except AudioError as error:
             yield self.reject(error.reason, str(error), window=number)
+        except InputError as error:
+            # A bucket that a row names may not exist; credentials of the dataset's own storage are the user's to give.
+            if not is_url(self.song.filename):
+                raise
+            yield self.reject(RejectReason.BAD_PATH, first_line(error), window=number)
 
     def reject(self, reason: RejectReason, message: str, window: int = 0, is_last: bool = True) -> Reject:
         return Reject(
@@ -157,7 +170,7 @@ class _Decoder:
             file = locate_file(self.root, self.song.speaker_path)
             self.speaker = load_speaker_embedding(file, self.settings.speaker_dim)
             self.speaker_hash = _speaker_sha256(self.root, self.song)
-        except (InputError, SpeakerEmbeddingError, OSError) as error:
+        except (InputError, SpeakerEmbeddingError, OSError, ValueError, StorageError) as error:
             return self.reject(RejectReason.BAD_SPEAKER, first_line(error))
         return None
 

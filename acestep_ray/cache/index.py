@@ -235,6 +235,31 @@ def read_manifest(store: Store) -> dict[str, Any]:
             if isinstance(version, int) and version > FORMAT_VERSION
             else "run `acestep-ray precompute` again with this version of the program",
         )
-    if not all(is_table_name(manifest.get(name)) for name in ("index", "ledger", "rejects")):
+    if not isinstance(manifest, dict) or not all(
+        is_table_name(manifest.get(name)) for name in ("index", "ledger", "rejects")
+    ):
         raise InputError("the cache's manifest names no files of a cache", where=where, fix=_FIX)
+    try:
+        _check_values(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the cache's manifest cannot be read ({error!r})", where=where, fix=_FIX) from None
     return manifest
+
+
+def _check_values(manifest: dict[str, Any]) -> None:
+    """Raise KeyError or ValueError where the manifest does not hold what `commit` writes."""
+    counts, settings, ssl = manifest["counts"], manifest["settings"], manifest["ssl"]
+    if not all(isinstance(values, dict) for values in (counts, settings, ssl)):
+        raise ValueError("`counts`, `settings` and `ssl` are no objects")
+    sizes = [counts[name] for name in ("inputs", "samples", "rejects")]
+    sizes += [settings["ssl_frame_stride"] - 1, settings["speaker_dim"] - 1, *ssl.values()]
+    sizes += [] if manifest["text_dim"] is None else [manifest["text_dim"]]
+    if not all(
+        isinstance(size, int) and not isinstance(size, bool) and 0 <= size < _LONGEST for size in sizes
+    ):
+        raise ValueError("it holds sizes that cannot be")
+    features = settings.get("features", list(FEATURE_GROUPS))
+    if not isinstance(features, list) or not set(map(str, features)) <= set(FEATURE_GROUPS):
+        raise ValueError("it names other features")
+    if not isinstance(manifest["fingerprint"], str):
+        raise ValueError("its fingerprint is no text")

@@ -6,6 +6,7 @@ import os
 import posixpath
 
 from acestep_ray.data.same_names import find_file
+from acestep_ray.data.texts import is_unicode
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store, StoredFile, is_url
 
@@ -23,7 +24,7 @@ def locate_file(root: Store, filename: str) -> StoredFile:
     Raises InputError if the name is empty or malformed, if its `..` lead out of `root`, and where a source from the
     Hub or the web names a file of this machine or of a bucket.
     """
-    if not filename.strip() or "\0" in filename:
+    if not filename.strip() or "\0" in filename or not is_unicode(filename):
         raise InputError("a file name is empty or malformed", where=repr(filename))
     if is_url(filename) or filename.startswith("/"):
         return _within_reach(find_file(StoredFile.at(filename)), root)

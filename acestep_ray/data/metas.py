@@ -72,7 +72,8 @@ def read_bpm(value: Any) -> int | None:
     number = _NUMBER.search(str(value)) if not isinstance(value, bool) else None
     if number is None or (isinstance(value, str) and len(_NUMBER.findall(value)) > 1):
         raise ValueError(f"bpm {value!r} is not one number")
-    bpm = round(float(number[0].replace(",", ".")))
+    beats = float(number[0].replace(",", "."))
+    bpm = round(beats) if math.isfinite(beats) else 0
     if not BPM_RANGE[0] <= bpm <= BPM_RANGE[1]:
         raise ValueError(f"bpm {value!r} is not within {BPM_RANGE[0]} to {BPM_RANGE[1]}")
     return bpm

@@ -16,6 +16,9 @@ MAX_CHARACTERS = 256
 PROMPT_WITHOUT_TAGS = "music"
 
 
+_COUNTED_TAGS = 200
+
+
 @dataclass(frozen=True)
 class PromptVariant:
     """One prompt of a song. `source` is "tags" or "recaption/NAME"."""
@@ -47,11 +50,19 @@ def prompt_variants(
     return variants
 
 
-def _orders(tags: Sequence[str], key: str, shuffles: int, seed: int) -> list[tuple[str, ...]]:
-    tags = [tag.strip() for tag in tags if tag.strip()]
+def _number_of_orders(tags: Sequence[str]) -> int:
+    """How many different orders there are; of hundreds of tags, whose number has thousands of digits, at least so many."""
+    if len(tags) > _COUNTED_TAGS:
+        return 1 if len(set(tags)) == 1 else len(tags)
     possible = math.factorial(len(tags))
     for count in Counter(tags).values():
         possible //= math.factorial(count)
+    return possible
+
+
+def _orders(tags: Sequence[str], key: str, shuffles: int, seed: int) -> list[tuple[str, ...]]:
+    tags = [tag.strip() for tag in tags if tag.strip()]
+    possible = _number_of_orders(tags)
     orders: dict[tuple[str, ...], None] = {}
     k = 0
     while len(orders) < min(shuffles, possible):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import posixpath
 import tempfile
@@ -140,7 +141,7 @@ def row_metas(row: Mapping[str, Any]) -> list[str]:
     """Tempo and key of a row as tags: `96 bpm`, `A minor`."""
     bpm, keyscale = row.get("bpm"), row_text(row, "keyscale")
     metas = [keyscale] if keyscale else []
-    if bpm is not None and bpm == bpm:  # not NaN
+    if bpm is not None and math.isfinite(bpm):
         metas.insert(0, f"{round(bpm)} bpm")
     return metas
 
@@ -200,6 +201,7 @@ def open_dataset(
             warnings.append(
                 f"{where}: the columns {', '.join(unfit)} hold values of another type and are not used"
             )
+    _check_values(dataset, where)
     for name in REQUIRED_COLUMNS:
         _check_filled(name, dataset[name][:], where)
     once = _without_repeats(dataset)
@@ -210,6 +212,17 @@ def open_dataset(
         )
     check_unique_keys(once["keys"][:], where)
     return once
+
+
+def _check_values(dataset: datasets.Dataset, where: str) -> None:
+    """Raise InputError for columns whose bytes are not those of their types, such as texts that are no UTF-8."""
+    names = [name for name in COLUMNS if name in dataset.column_names]
+    try:
+        dataset.data.table.select(names).validate(full=True)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"the dataset is damaged and cannot be read ({error})", where=where, fix=_AGAIN
+        ) from None
 
 
 def _no_rows(where: str) -> InputError:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
-import zipfile
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
 from acestep_ray.storage import StoredFile
+from acestep_ray.torch_archive import NotTensorsError, check_archive
 
 if TYPE_CHECKING:
     import torch
@@ -57,40 +59,72 @@ def load_speaker_embedding(file: StoredFile | str | os.PathLike[str], dim: int) 
         raise SpeakerEmbeddingError(
             f"the speaker embedding cannot be read ({type(error).__name__}: {detail}): {path}"
         ) from None
-    if not torch.is_tensor(tensor) or not tensor.is_floating_point():
-        held = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
-        raise SpeakerEmbeddingError(f"the file holds {held}, not a tensor of floats: {path}")
+    problem = _why_not_plain(tensor)
+    if problem is not None:
+        raise SpeakerEmbeddingError(f"the file holds {problem}, not a tensor of floats: {path}")
+    assert isinstance(tensor, torch.Tensor)
     if tuple(tensor.shape) not in ((dim,), (1, dim)):
         raise SpeakerEmbeddingError(
             f"the embedding has the shape {tuple(tensor.shape)}, not ({dim},): {path}"
         )
-    embedding = tensor.detach().reshape(dim).to(torch.float32).numpy()
+    try:
+        embedding = tensor.detach().reshape(dim).to(torch.float32).numpy()
+    except Exception as error:
+        raise SpeakerEmbeddingError(
+            f"the speaker embedding cannot be read ({type(error).__name__}): {path}"
+        ) from None
     if not np.isfinite(embedding).all():
         raise SpeakerEmbeddingError(f"the embedding holds NaN or infinite values: {path}")
     return embedding
+
+
+def _why_not_plain(tensor: object) -> str | None:
+    """What something is that is no dense tensor of floats in this machine's memory; None for one that is."""
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return type(tensor).__name__
+    assert isinstance(tensor, torch.Tensor)
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a tensor with the layout {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.device.type != "cpu":
+        return f"a tensor on the device `{tensor.device}`"
+    if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        return str(tensor.dtype)
+    return "a negated view" if tensor.is_neg() else None
 
 
 def _read_pt(content: bytes) -> object:
     import torch
 
     file = io.BytesIO(content)
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            num_bytes = sum(entry.file_size for entry in archive.infolist())
-        if num_bytes > _MAX_BYTES:
-            raise ValueError(f"{num_bytes} bytes, unpacked")
-    file.seek(0)
+    check_archive(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tensor = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own message tells how to run what the file holds
-        raise ValueError(
-            "it holds more than tensors, which could run any program, and is not opened"
-        ) from None
+        raise NotTensorsError from None
+    # Newer versions of torch compare the two; older ones would read behind the file's end.
+    if torch.is_tensor(tensor) and tensor.untyped_storage().nbytes() > len(content):
+        raise ValueError("its tensor claims more bytes than the file has")
+    return tensor
 
 
 def _read_npy(content: bytes) -> torch.Tensor:
     import torch
 
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version, np.lib.format.read_array_header_2_0)
+    shape, _, dtype = read_header(file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - file.tell():
+        raise ValueError("its header does not describe what the file holds")
     values = np.load(io.BytesIO(content), allow_pickle=False)
     return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 

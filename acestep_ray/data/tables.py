@@ -55,10 +55,9 @@ def rows_of_table(table: StoredFile, findings: Findings) -> Iterator[Row]:
             yield from readers.get(table.suffix, _json_rows)(name, file, findings)
     except OSError as error:
         findings.problems.append(f"{table.name}: cannot be read ({error.strerror or error})")
-    except pa.ArrowException as error:
-        findings.problems.append(
-            f"{name}: is damaged or no {table.suffix} file ({str(error).splitlines()[0]})"
-        )
+    except (pa.ArrowException, MemoryError) as error:  # Arrow asks for what a damaged file declares
+        reason = (str(error).splitlines() or ["it declares more than there is memory"])[0]
+        findings.problems.append(f"{name}: is damaged or no {table.suffix} file ({reason})")
 
 
 def what_to_give(source: str) -> str:
@@ -190,7 +189,7 @@ def _json_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
         except UnicodeError as error:
             findings.problems.append(f"{table}: not UTF-8 text ({error}), save it as UTF-8")
             return
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # a number may have too many digits
             # Perhaps an object a line, under a name of the other kind.
             with contextlib.suppress(UnicodeError):
                 content = decode_text(content).encode()
@@ -211,7 +210,7 @@ def _rows_of_lines(table: str, file: BinaryIO, findings: Findings) -> Iterator[R
         except UnicodeDecodeError as error:
             findings.problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
             continue
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             findings.problems.append(f"{origin}: not JSON ({error})")
             continue
         if isinstance(row, dict):
@@ -290,6 +289,9 @@ def _rows_of_batches(
         return
     number = 0
     for batch in batches:
-        for row in batch.select(names).to_pylist():
+        plain = batch.select(names)
+        # Otherwise a text that is not UTF-8, or has no end, is an error of Python.
+        plain.validate(full=True)
+        for row in plain.to_pylist():
             number += 1
             yield f"{table}, row {number}", row

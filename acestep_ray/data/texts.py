@@ -47,7 +47,7 @@ def text_of_cell(cell: Any, column: str, origin: str, problems: list[str]) -> st
         return "" if text.lower() in _NOTHING else text
     if isinstance(cell, (int, float)) and not isinstance(cell, bool):
         # A column of whole numbers with gaps is one of floats in most programs.
-        return str(int(cell)) if float(cell).is_integer() else str(cell)
+        return str(cell) if isinstance(cell, int) or not cell.is_integer() else str(int(cell))
     kind = "half of a surrogate pair" if isinstance(cell, str) else type(cell).__name__
     problems.append(f"{origin}: {column} holds {kind}, not text")
     return ""
@@ -80,7 +80,7 @@ def recaptions_of(recaption: Any, origin: str, problems: list[str]) -> dict[str,
     if isinstance(recaption, str) and recaption.strip():
         try:
             recaption = json.loads(recaption)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{origin}: its recaption is not JSON ({error})")
             return {}
     if not recaption:

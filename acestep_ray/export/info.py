@@ -8,18 +8,20 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from acestep_ray.export.adapter_config import METADATA_KEY
 from acestep_ray.export.card import NOTES_KEY
 from acestep_ray.export.fetched import fetched_lora
 from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import short_name
-from acestep_ray.export.reading import METADATA_KEY, LoraFile
+from acestep_ray.export.reading import LoraFile
 from acestep_ray.export.source import open_source
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import is_url
 from acestep_ray.terminal.numbers import number_text
 
 # `transformer_blocks.3.` or `lyric_encoder.encoders.0.`: a row of the table.
 _LAYER = re.compile(r"(?P<layer>(?:transformer_blocks|lyric_encoder\.encoders)\.\d+)\.(?P<part>.+)")
-_SHOWN = 200
+_SHOWN, _LISTED = 200, 100
 
 
 @dataclass
@@ -114,12 +116,14 @@ def _described(lora: LoraFile) -> str:
         f"alpha     {_strength(lora)}",
         "targets   " + ", ".join(f"{name} × {count}" for name, count in figures["targets"].items()),
     ]
-    for name, value in lora.metadata.items():
-        if name not in (METADATA_KEY, NOTES_KEY):
-            lines.append(f"metadata  {name}: {value[:_SHOWN]}")
+    others = [(name, value) for name, value in lora.metadata.items() if name not in (METADATA_KEY, NOTES_KEY)]
+    lines += [f"metadata  {name[:_SHOWN]}: {value[:_SHOWN]}" for name, value in others[:_LISTED]]
+    if len(others) > _LISTED:
+        lines.append(f"metadata  … and {len(others) - _LISTED:,} more")
     trained = _parsed(lora.metadata.get(NOTES_KEY, "{}"))
     if isinstance(trained, dict):
-        lines += [f"trained   {name}: {str(value)[:_SHOWN]}" for name, value in trained.items()]
+        facts = list(trained.items())[:_LISTED]
+        lines += [f"trained   {name[:_SHOWN]}: {str(value)[:_SHOWN]}" for name, value in facts]
     return "\n".join([*lines, "norms     of what is added to each weight", *norm_table(lora)])
 
 
@@ -147,6 +151,8 @@ def _strength(lora: LoraFile) -> str:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        value = load_json(text)
+        json.dumps(value, indent=1)  # more levels can be read than written
+    except (ValueError, RecursionError):
         return text
+    return value

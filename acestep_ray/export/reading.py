@@ -7,48 +7,45 @@ it; pickles are never opened.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from acestep_ray.errors import InputError
+from acestep_ray.export.adapter_config import MERGE, MOST_MODULES, AdapterConfig, read_adapter_config
+from acestep_ray.export.adapter_config import METADATA_KEY as METADATA_KEY
+from acestep_ray.export.adapter_config import PEFT_CONFIG as PEFT_CONFIG
+from acestep_ray.export.adapter_config import PEFT_FILE as PEFT_FILE
 from acestep_ray.export.keys import module_name, parse_key
 from acestep_ray.export.names import is_module
 from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
 from acestep_ray.paths import expand_home
+from acestep_ray.plain_patterns import LONGEST
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-METADATA_KEY = "lora_adapter_metadata"
-PEFT_FILE = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
-
-# PEFT's ways to begin that take a part out of the base model's weights: such matrices fit no released model.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 # PyTorch's zip archive, and pickle's own first byte.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
+# Rank 1024 in every layer of the released model, in float32.
+_MOST_BYTES = 16 << 30
 _DOWNLOAD_AGAIN = "copy or download it again"
 
 # Parts of keys that no LoRA has, and what they say of a file.
-_MERGE = "only LoRA and DoRA are read: merge it with the program that made it"
 _OTHER_KINDS = (
-    ("lokr_", f"this is a LoKr; {_MERGE}"),
-    ("hada_", f"this is a LoHa; {_MERGE}"),
-    ("oft_", f"this is an OFT; {_MERGE}"),
-    ("ia3_", f"this is an (IA)³; {_MERGE}"),
-    ("vera_lambda", f"this is a VeRA; {_MERGE}"),
-    (".glora", f"this is a GLoRA; {_MERGE}"),
-    (".lora_mid.", f"this is a LoRA with a third matrix (Tucker); {_MERGE}"),
-    (".diff", f"this holds whole differences of weights (`.diff`), not a LoRA; {_MERGE}"),
+    ("lokr_", f"this is a LoKr; {MERGE}"),
+    ("hada_", f"this is a LoHa; {MERGE}"),
+    ("oft_", f"this is an OFT; {MERGE}"),
+    ("ia3_", f"this is an (IA)³; {MERGE}"),
+    ("vera_lambda", f"this is a VeRA; {MERGE}"),
+    (".glora", f"this is a GLoRA; {MERGE}"),
+    (".lora_mid.", f"this is a LoRA with a third matrix (Tucker); {MERGE}"),
+    (".diff", f"this holds whole differences of weights (`.diff`), not a LoRA; {MERGE}"),
     ("lora_B.bias", "a LoRA with biases changes more than a LoRA file can hold for other programs"),
     ("lora_bias", "a LoRA with biases changes more than a LoRA file can hold for other programs"),
     (
@@ -175,31 +172,33 @@ def open_lora(path: Path) -> LoraFile:
     `alpha_pattern`, `use_rslora`), else it is 1. Raises InputError for a file that is no whole LoRA.
     """
     _check_is_safetensors(path)
-    tensors, metadata = _read_tensors(path)
-    config, source = _read_config(path, metadata)
+    keys, metadata = _read_header(path)
+    parsed = {key: parse_key(key) if len(key) <= LONGEST else None for key in keys}
+    unknown = [key for key, meaning in parsed.items() if meaning is None]
+    if unknown or not keys:
+        raise _not_a_lora(path, keys, unknown)
+    config = read_adapter_config(path, metadata)
+    tensors = _read_tensors(path, keys)
     modules: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        parsed = parse_key(key)
-        if parsed is None:
-            unknown.append(key)
-            continue
-        name, part = parsed
+    for key, (name, part) in ((key, meaning) for key, meaning in parsed.items() if meaning is not None):
         if part in modules.setdefault(name, {}):
             raise InputError(f"`{name}` has {part} twice in the LoRA", where=str(path))
-        modules[name][part] = tensor.to(torch.float32)
-    if unknown or not modules:
-        raise _not_a_lora(path, tensors, unknown)
+        modules[name][part] = _as_numbers(tensors[key], key, path)
+    if len(modules) > MOST_MODULES:
+        raise InputError(
+            f"this LoRA has {len(modules):,} modules, more than any ACE-Step v1 model",
+            where=str(path),
+            fix=_NO_LORA,
+        )
     modules = dict(sorted(modules.items()))
     _check_parts(modules, config, path)
-    scales = {name: _scale(name, parts, config, path) for name, parts in modules.items()}
-    if any("alpha" in parts for parts in modules.values()):
-        source = "alpha"
+    scales = {name: _scale(name, parts, config) for name, parts in modules.items()}
+    has_alphas = any("alpha" in parts for parts in modules.values())
     return LoraFile(
         path=path,
-        updates={name: _update(parts, scales[name]) for name, parts in modules.items()},
+        updates={name: _update(name, parts, scales[name], path) for name, parts in modules.items()},
         scales=scales,
-        scale_source=source,
+        scale_source="alpha" if has_alphas else config.source,
         example=next(key for key in sorted(tensors) if not key.endswith(".alpha")),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         metadata=metadata,
@@ -265,74 +264,72 @@ def _pickle_error(path: Path) -> InputError:
     )
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(
+                f"a LoRA of {path.stat().st_size:,} bytes is not read", where=str(path), fix=_NO_LORA
+            )
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys()), file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from None
+
+
+def _read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"the LoRA file is cut short or damaged ({error})", where=str(path), fix=_DOWNLOAD_AGAIN
-        ) from None
+            return {key: file.get_tensor(key) for key in keys}
+    # Of a type of numbers that this torch lacks.
+    except (OSError, SafetensorError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+        raise _damaged(path, error) from None
 
 
-def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str | None]:
-    """The fields of PEFT's `LoraConfig` that the LoRA was trained with, as far as they are known, and their place."""
-    described, source = metadata.get(METADATA_KEY), "metadata"
-    if path.name == PEFT_FILE:
-        source = PEFT_CONFIG
-        try:
-            described = path.with_name(PEFT_CONFIG).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read the adapter's {PEFT_CONFIG}, which says how strong it is ({error})",
-                where=str(path),
-            ) from None
-    if described is None:
-        return {}, None
-    try:
-        config = json.loads(described)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"the LoRA's metadata is not JSON ({error})", where=str(path)) from None
-    if not isinstance(config, dict):
-        raise InputError("the LoRA's metadata is not a JSON object", where=str(path))
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    kind = str(config.get("peft_type") or "LORA").rpartition(".")[2]
-    if kind.upper() != "LORA":
-        raise InputError(f"the adapter is of PEFT's type {kind}, not a LoRA", where=str(path), fix=_MERGE)
-    if isinstance(alphas := config.get("alpha_pattern"), dict):
-        config["alpha_pattern"] = {module_name(name): alpha for name, alpha in alphas.items()}
-    begun = config.get("init_lora_weights")
-    if str(begun).startswith(_CHANGES_BASE):
-        raise InputError(
-            f"this LoRA belongs to a model changed by `init_lora_weights: {begun}`, not to the released one",
-            where=str(path),
-            fix="save it with PEFT's `path_initial_model_for_weight_conversion`",
-        )
-    return config, source if "lora_alpha" in config else None
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"the LoRA file is cut short or damaged ({error})", where=str(path), fix=_DOWNLOAD_AGAIN
+    )
 
 
-def _check_parts(modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], path: Path) -> None:
+def _as_numbers(tensor: Tensor, key: str, path: Path) -> Tensor:
+    """In float32. Raises InputError for what is neither floats nor, as an alpha may be, whole numbers."""
+    is_packed = (
+        tensor.is_floating_point() and tensor.element_size() == 1 and "float8" not in str(tensor.dtype)
+    )
+    if tensor.is_complex() or tensor.dtype is torch.bool or is_packed:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"`{key}` holds {kind}, which no LoRA does", where=str(path), fix=_NO_LORA)
+    return tensor.to(torch.float32)
+
+
+def _check_parts(modules: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig, path: Path) -> None:
     """Raise InputError for a module whose tensors are no whole LoRA, or hold numbers that are not finite."""
     for name, parts in modules.items():
         if "lora_A" not in parts or "lora_B" not in parts:
             raise InputError(f"`{name}` has only {' and '.join(sorted(parts))} in the LoRA", where=str(path))
         a, b = parts["lora_A"], parts["lora_B"]
         # A convolution's matrices have further dimensions; its B is 1 × 1.
-        if a.ndim < 2 or b.ndim < 2 or b[0].numel() != a.shape[0]:
+        if a.ndim < 2 or b.ndim < 2 or not a.numel() or not b.numel() or b[0].numel() != a.shape[0]:
             raise InputError(
                 f"the two matrices of `{name}` do not have the same rank: "
                 f"A is {tuple(a.shape)}, B is {tuple(b.shape)}",
                 where=str(path),
             )
-        if "dora_scale" in parts and parts["dora_scale"].shape[0] != parts["dora_scale"].numel():
+        scales = parts.get("dora_scale")
+        if scales is not None and (scales.ndim == 0 or scales.shape[0] != scales.numel()):
             raise InputError(
-                f"`{name}.dora_scale` is {tuple(parts['dora_scale'].shape)}, not a length for each row: "
+                f"`{name}.dora_scale` is {tuple(scales.shape)}, not a length for each row: "
                 "this is a DoRA in kohya's form over columns",
                 where=str(path),
-                fix=_MERGE,
+                fix=MERGE,
             )
-        if not {"lora_magnitude_vector", "dora_scale"} & parts.keys() and config.get("use_dora"):
+        lengths = parts.get("lora_magnitude_vector", scales)
+        if lengths is not None and lengths.numel() != b.shape[0]:
+            raise InputError(
+                f"`{name}` has {lengths.numel()} lengths for the {b.shape[0]} rows of its DoRA",
+                where=str(path),
+            )
+        if not {"lora_magnitude_vector", "dora_scale"} & parts.keys() and config.use_dora:
             raise InputError(f"`{name}` has no `lora_magnitude_vector`, and this is a DoRA", where=str(path))
         if "alpha" in parts and parts["alpha"].numel() != 1:
             raise InputError(f"`{name}.alpha` is not one number in the LoRA", where=str(path))
@@ -345,18 +342,14 @@ def _check_parts(modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[st
         )
 
 
-def _update(parts: Mapping[str, Tensor], scale: float) -> LoraUpdate:
+def _update(name: str, parts: Mapping[str, Tensor], scale: float, path: Path) -> LoraUpdate:
     magnitude = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
     a, b = (parts[key].flatten(1) for key in ("lora_A", "lora_B"))
-    return LoraUpdate(a, b * scale, None if magnitude is None else magnitude.flatten())
+    b = b * scale
+    if not b.isfinite().all():
+        raise InputError(f"`{name}` overflows at the LoRA's strength of {scale:g}", where=str(path))
+    return LoraUpdate(a, b, None if magnitude is None else magnitude.flatten())
 
 
-def _scale(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> float:
-    rank = parts["lora_A"].shape[0]
-    if "alpha" in parts:
-        return parts["alpha"].item() / rank
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha", rank))
-    if not isinstance(alpha, (int, float)):
-        raise InputError(f"the LoRA's `lora_alpha` is {alpha!r}", where=str(path))
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+def _scale(name: str, parts: Mapping[str, Tensor], config: AdapterConfig) -> float:
+    return config.scale(name, parts["lora_A"].shape[0], parts["alpha"].item() if "alpha" in parts else None)

@@ -11,7 +11,7 @@ from torch import nn
 
 from acestep_ray.device import small_tensor
 from acestep_ray.errors import InputError
-from acestep_ray.foreign_files import explained
+from acestep_ray.models.tokenizer_file import read_tokenizer
 from acestep_ray.models.weights import FIX, build_on_meta, load_weights, read_json
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class TextEncoder(nn.Module):
         pad_id = model.config.pad_token_id
         if pad_id is None:
             raise InputError("no `pad_token_id`", where=str(directory / "config.json"), fix=FIX)
-        tokenizer = _load_tokenizer(directory / "tokenizer.json", pad_id)
+        tokenizer = load_tokenizer(directory / "tokenizer.json", pad_id)
         # A full UMT5 has a decoder as well.
         load_weights(
             model,
@@ -72,7 +72,10 @@ class TextEncoder(nn.Module):
 
         T is the longest prompt's length in tokens, at most 256, the end token included.
         """
-        encodings = self.tokenizer.encode_batch(texts)
+        try:
+            encodings = self.tokenizer.encode_batch(texts)
+        except Exception as error:  # the Rust library raises plain Exception
+            raise RuntimeError(f"the tokenizer cannot read a prompt ({error})") from error
         device = self.model.shared.weight.device
         ids = small_tensor([encoding.ids for encoding in encodings], device)
         mask = small_tensor([encoding.attention_mask for encoding in encodings], device)
@@ -81,14 +84,12 @@ class TextEncoder(nn.Module):
         return embeddings * mask[..., None], mask
 
 
-def _load_tokenizer(path: Path, pad_id: int) -> Tokenizer:
-    if not path.is_file():
-        raise InputError("missing file", where=str(path), fix=FIX)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises plain Exception
-        reason, fix = explained(path, error, FIX)
-        raise InputError(f"cannot read this tokenizer ({reason})", where=str(path), fix=fix) from error
+def load_tokenizer(path: Path, pad_id: int) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`, for prompts of up to `MAX_TOKENS`. Raises `InputError` if broken."""
+    tokenizer = read_tokenizer(path)
+    pad_token = tokenizer.id_to_token(pad_id)
+    if pad_token is None:
+        raise InputError(f"this tokenizer has no token {pad_id}, the padding's", where=str(path), fix=FIX)
     tokenizer.enable_truncation(MAX_TOKENS)
-    tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id))
+    tokenizer.enable_padding(pad_id=pad_id, pad_token=pad_token)
     return tokenizer

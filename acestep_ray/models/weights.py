@@ -14,6 +14,7 @@ from torch import nn
 
 from acestep_ray.errors import InputError
 from acestep_ray.foreign_files import explained, seems_to_be
+from acestep_ray.torch_archive import NotTensorsError, check_archive
 
 FIX = "copy it again; what belongs to the released model is downloaded by `acestep-ray checkpoint fetch DIR`"
 
@@ -107,8 +108,13 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
         check_weight_file(path)
         if path.suffix == ".bin":
             try:
+                with open(path, "rb") as file:
+                    check_archive(file)
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except pickle.UnpicklingError:  # torch's own message tells how to run what the file holds
+            except (
+                NotTensorsError,
+                pickle.UnpicklingError,
+            ):  # torch's own message tells how to run what the file holds
                 raise InputError(
                     "this pickle holds more than tensors, which could run any program, and is not opened",
                     where=str(path),
@@ -121,9 +127,9 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor, Path]]:
             for name, tensor in tensors.items():
                 yield name, tensor, path
             continue
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                yield name, file.get_tensor(name), path
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - safe_open is no dict
+                yield name, weights.get_tensor(name), path
 
 
 def build_on_meta(build: Callable[[], Model], directory: Path) -> Model:

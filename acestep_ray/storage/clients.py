@@ -48,6 +48,10 @@ def filesystem_of(protocol: str, process: int, thread: int | None) -> fsspec.Abs
         # It logs what it raises, with a traceback.
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
+        if protocol in ("http", "https"):
+            from acestep_ray.storage.http import BoundedHTTP  # imported here: aiohttp takes a while
+
+            return BoundedHTTP(**options)
         filesystem = fsspec.filesystem(protocol, **options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)

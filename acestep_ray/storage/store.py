@@ -51,11 +51,20 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 # A file written through hf:// is a commit of its own; web servers take no files at all.
 _READ_ONLY = ("hf", "http", "https")
+# Their URLs name buckets, and the addresses of web servers are compared at each connection.
+_NO_STORAGE = {
+    *("async_wrapper", "asyncwrapper", "blockcache", "cached", "data", "dir", "filecache", "generic", "git"),
+    *("github", "gitlab", "libarchive", "reference", "lazy-reference", "simplecache", "tar", "zip"),
+}
+"""fsspec's clients that take another URL from within the first, or are no place for files."""
+_OBJECTS = (*S3, "gs", "gcs", "hf", "http", "https", "memory")
 
 _ONE_REQUEST_BYTES = 64 * 2**20
 _READ_BYTES = 2**16
 _DOWNLOADED_AT_ONCE = 16 * 2**20
 _DOWNLOADS = 4
+# From a web server, which may claim any size.
+_LARGEST_DOWNLOAD = 64 << 30
 _THREADS = 16
 
 
@@ -97,6 +106,12 @@ class Store:
                 where=without_secrets(text),
                 fix="give them in the environment, as the storage's own tools take them",
             )
+        if protocol in _NO_STORAGE:
+            raise InputError("unknown kind of storage (it reads through others)", where=f"{protocol}://")
+        if protocol not in _OBJECTS:
+            from acestep_ray.storage.http import check_machine
+
+            check_machine(protocol, text)
         store = cls(f"{protocol}://{rest.rstrip('/')}")
         _ = store.filesystem  # a missing package or an unknown protocol shows here
         return store
@@ -210,6 +225,8 @@ class Store:
                     file.write(some)
             return
         status = self._status_of_object(name)
+        if self.protocol in ("http", "https") and status.size > _LARGEST_DOWNLOAD:
+            raise StorageError(f"a file of {status.size:,} bytes is not downloaded: {self.url_of(name)}")
         with written_whole(Path(target)) as file, ThreadPoolExecutor(_DOWNLOADS) as pool:
 
             def fetch(start: int) -> None:

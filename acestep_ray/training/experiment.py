@@ -118,10 +118,13 @@ def noted_place(value: str | None, experiment: Path) -> str | None:
     return str(beside) if beside.exists() else value
 
 
-def read_json(folder: Store, name: str) -> Any:
-    """What a file of a run's folder holds; None where there is none. Raises InputError for one that is no JSON."""
+def read_json(folder: Store, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file of a run's folder; None where there is none. Raises InputError for another content."""
     try:
-        return load_json(folder.read_bytes(name))
+        values = load_json(folder.read_bytes(name))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        return values
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import peft
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import lora_layers
 from acestep_ray.export.names import changes_music
 from acestep_ray.models.transformer import DepthwiseConv, PointwiseConv
+from acestep_ray.training.bounded_patterns import names_by_key, names_for_peft, numbers_after, whole_matches
 from acestep_ray.training.lora_config import ALL_LINEAR, adapter_configs, peft_config, place_of_adapter
 
 
@@ -70,7 +69,7 @@ def matching_modules(names: Iterable[str], wanted: str | Iterable[str], field: s
     """Names that match a regular expression, or that are or end with one of several. Raises InputError for none."""
     names = list(names)
     if isinstance(wanted, str):
-        found = {name for name in names if re.fullmatch(wanted, name)}
+        found = whole_matches(wanted, names, field, where)
         if not found:
             raise InputError(f"`{field}` {wanted!r} matches no module of the model", where=where)
         return found
@@ -97,8 +96,7 @@ def _in_layers(
     wanted = {layers} if isinstance(layers, int) else set(layers)
     pattern = "|".join([lists] if isinstance(lists, str) else lists or [r"[^.]+"])
     # PEFT's own search misses the lists at the top of a model, and `transformer_blocks` is one.
-    numbers = {name: re.search(rf"(?:^|\.)(?:{pattern})\.(\d+)\.", name) for name in names}
-    found = {name: int(match[1]) for name, match in numbers.items() if match}
+    found = numbers_after(pattern, names, "layers_pattern", where)
     missing = sorted(wanted - set(found.values()))
     if missing:
         raise InputError(
@@ -131,14 +129,20 @@ def _why_not(name: str, module: nn.Module) -> str | None:
 
 
 def _check_ranks(layers: Mapping[str, nn.Linear], config: peft.LoraConfig, where: str) -> None:
+    fits = {}
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field):
-            if not any(get_pattern_key([pattern], name) == pattern for name in layers):
+        fits[field] = names_by_key(getattr(config, field), layers, field, where)
+        for pattern, names in fits[field].items():
+            if not names:
                 raise InputError(f"`{pattern}` of `{field}` matches no targeted module", where=where)
+    ranks: dict[str, int] = {}
+    for pattern, names in fits["rank_pattern"].items():
+        for name in names:
+            ranks.setdefault(name, config.rank_pattern[pattern])
     too_large = {
         name: (min(layer.in_features, layer.out_features), rank)
         for name, layer in layers.items()
-        if (rank := _rank(config, name)) > min(layer.in_features, layer.out_features)
+        if (rank := ranks.get(name, config.r)) > min(layer.in_features, layer.out_features)
     }
     if too_large:
         name, (limit, rank) = min(too_large.items(), key=lambda item: item[1])
@@ -148,11 +152,6 @@ def _check_ranks(layers: Mapping[str, nn.Linear], config: peft.LoraConfig, where
             where=where,
             fix=f"use a rank of at most {limit}, for all layers in `r` or for this one in `rank_pattern`",
         )
-
-
-def _rank(config: peft.LoraConfig, name: str) -> int:
-    ranks: dict[str, int] = config.rank_pattern or {}
-    return ranks.get(get_pattern_key(list(ranks), name), config.r)
 
 
 def _check_dora_is_alone(
@@ -175,6 +174,9 @@ def _check_dora_is_alone(
 def _inject(model: nn.Module, config: peft.LoraConfig, adapter: str, targets: list[str], where: str) -> None:
     config.target_modules = list(targets)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    for field in ("rank_pattern", "alpha_pattern"):
+        values = getattr(config, field)
+        setattr(config, field, names_for_peft(names_by_key(values, targets, field, where), values))
     if config.use_dora:
         for layer in map(model.get_submodule, targets):
             if isinstance(layer, PointwiseConv):

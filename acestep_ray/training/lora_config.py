@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import StoredFile
+from acestep_ray.training.bounded_patterns import is_pattern
 
 DEFAULT_LORA = {
     "r": 16,
@@ -35,6 +35,7 @@ DEFAULT_LORA = {
 }
 
 ALL_LINEAR = "all-linear"
+_LARGEST = 2.0**63
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -42,14 +43,8 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_pattern(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(value) and re.compile(value) is not None
-    except re.error:
-        return False
+    # Compared, for an integer of hundreds of digits is no float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
@@ -57,11 +52,11 @@ def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
 
 
 def _is_by_pattern(value: Any, is_item: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(_is_pattern, value)) and all(map(is_item, value.values()))
+    return isinstance(value, dict) and all(map(is_pattern, value)) and all(map(is_item, value.values()))
 
 
 def _is_names(value: Any) -> bool:
-    return _is_pattern(value) or _is_list(value, lambda name: isinstance(name, str) and bool(name))
+    return is_pattern(value) or _is_list(value, lambda name: isinstance(name, str) and bool(name))
 
 
 # The fields of PEFT's `LoraConfig` that the model can be trained, and the file be exported, with.
@@ -79,7 +74,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "the number of a layer, counted from 0, or a list of them",
     ),
     "layers_pattern": (
-        lambda v: v is None or _is_pattern(v) or _is_list(v, _is_pattern),
+        lambda v: v is None or is_pattern(v) or _is_list(v, is_pattern),
         "the name of a list of layers, such as transformer_blocks, or several",
     ),
     "rank_pattern": (

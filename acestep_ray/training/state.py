@@ -38,6 +38,7 @@ STATE_FILE = "state.json"
 FORMAT = 2
 # Tensors beyond these bytes go into further files, `trainable-1.safetensors`: only one file is in memory twice.
 _FILE_BYTES = 2 << 30
+_MOST = 2**53
 
 # Storage that fails now and then is asked again; what time does not mend is not.
 _RETRY_AFTER_SECONDS = (1.0, 4.0, 15.0)
@@ -145,12 +146,14 @@ class Checkpoints:
         try:
             values = load_json(self.folder(step).read_bytes(STATE_FILE))
             if values["format"] != FORMAT:
+                found = str(values["format"])[:40]
                 raise AceStepError(
-                    f"{self.folder(step).url} has the format {values['format']}, this version reads {FORMAT}\n"
+                    f"{self.folder(step).url} has the format {found}, this version reads {FORMAT}\n"
                     "  → go on with the version that wrote it, or use another --exp_name"
                 )
-            if values["step"] != step or not isinstance(values["files"], dict):
+            if values["step"] != step:
                 raise DamagedCheckpointError(f"{STATE_FILE} belongs to another step")
+            _check_state(values)
             return values
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpointError(f"{STATE_FILE} does not read ({error})") from None
@@ -292,6 +295,30 @@ class Checkpoints:
                 f"{self.folder(step).url} was written for other trained parameters, such as `{different[0][0]}`\n"
                 "  → use another --exp_name, or the LoRA configuration that the run was started with"
             )
+
+
+def _check_state(values: Mapping[str, Any]) -> None:
+    """Raise ValueError or KeyError where `state.json` does not hold what `Checkpoints.save` writes."""
+    files, losses = values["files"], values["losses"]
+    if not isinstance(files, dict) or not all(isinstance(noted, dict) for noted in files.values()):
+        raise ValueError("`files` are no files with sizes and sums")
+    if not all(isinstance(noted.get("sha256"), str) for noted in files.values()):
+        raise ValueError("a file has no SHA-256")
+    for name in files:
+        if "\0" in name or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"it names a file outside its folder, {name!r}")
+    if not isinstance(losses, dict) or not isinstance(values.get("loss_scale", {}), dict):
+        raise ValueError("`losses` and `loss_scale` are no objects")
+    for name in (VALIDATION, FIXED_NOISE):
+        by_step = losses.get(name) or {}
+        if not isinstance(by_step, dict) or not all(map(_is_loss_of_step, by_step.items())):
+            raise ValueError(f"the losses `{name}` are no numbers by step")
+
+
+def _is_loss_of_step(item: tuple[str, Any]) -> bool:
+    step, loss = item
+    is_number = isinstance(loss, float) or (isinstance(loss, int) and abs(loss) < _MOST)
+    return re.fullmatch(r"[0-9]{1,18}", step) is not None and is_number
 
 
 def best_step(losses: Mapping[str, Any], steps: Sequence[int]) -> int | None:
