@@ -6,13 +6,13 @@ markup in ai-toolkit. Pure functions; reading the files is left to the caller.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from acestep_ray.data.fields import FIELD_NAMES, plain_name
 from acestep_ray.errors import InputError
+from acestep_ray.plain_json import load_json
 
 TEXT_LAYOUTS = ("auto", "v1", "v15", "side-step", "ai-toolkit", "caption")
 """Values of `--texts`: what `NAME.txt` holds. `auto` decides by the content of each file."""
@@ -132,7 +132,7 @@ def line_fields(text: str) -> dict[str, str] | None:
 
 def json_fields(text: str) -> dict[str, Any] | None:
     """The object of a JSON sidecar, where it has a field of a song; None for another text. Raises ValueError."""
-    content = json.loads(text)
+    content = load_json(text)
     if not isinstance(content, dict):
         return None
     names = {plain_name(name) for name in content}

@@ -24,6 +24,8 @@ from acestep_ray.export.keys import module_name, parse_key
 from acestep_ray.export.names import is_module
 from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
 from acestep_ray.paths import expand_home
+from acestep_ray.plain_files import JSON
+from acestep_ray.plain_text import read_utf8
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -282,7 +284,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
     if path.name == PEFT_FILE:
         source = PEFT_CONFIG
         try:
-            described = path.with_name(PEFT_CONFIG).read_text(encoding="utf-8")
+            described = read_utf8(path.with_name(PEFT_CONFIG), JSON)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"cannot read the adapter's {PEFT_CONFIG}, which says how strong it is ({error})",

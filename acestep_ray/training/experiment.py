@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.plain_files import NOTES
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import HeldError, Lease, StorageError, Store, is_url
 from acestep_ray.tracking.local_database import same_run
@@ -121,10 +122,10 @@ def noted_place(value: str | None, experiment: Path) -> str | None:
 def read_json(folder: Store, name: str) -> Any:
     """What a file of a run's folder holds; None where there is none. Raises InputError for one that is no JSON."""
     try:
-        return load_json(folder.read_bytes(name))
+        return load_json(folder.read_bytes(name, NOTES))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"this file of the run does not read ({error})",
             where=folder.url_of(name),

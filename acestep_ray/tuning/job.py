@@ -14,6 +14,7 @@ from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.plain_files import SETTINGS
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.ray_runtime import StopSignal, connect, wait_for_first_node
 from acestep_ray.storage import Store
@@ -212,7 +213,7 @@ def begin_parent(runs: SearchRuns, config: TuneConfig, space: Space, folder: Sto
 
 def retrain(best: Store, steps: int) -> TrainSummary:
     """Train the winner anew with so many steps, as an experiment of its own."""
-    values = load_yaml(best.read_bytes(SETTINGS_FILE))
+    values = load_yaml(best.read_bytes(SETTINGS_FILE, SETTINGS))
     pace = max(1, steps // VALIDATIONS)
     return train(
         replace(
