@@ -14,7 +14,9 @@ from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.export.names import short_name
 from acestep_ray.export.reading import METADATA_KEY, LoraFile
 from acestep_ray.export.source import open_source
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import is_url
+from acestep_ray.terminal import visible_line
 from acestep_ray.terminal.numbers import number_text
 
 # `transformer_blocks.3.` or `lyric_encoder.encoders.0.`: a row of the table.
@@ -116,10 +118,13 @@ def _described(lora: LoraFile) -> str:
     ]
     for name, value in lora.metadata.items():
         if name not in (METADATA_KEY, NOTES_KEY):
-            lines.append(f"metadata  {name}: {value[:_SHOWN]}")
+            lines.append(f"metadata  {visible_line(name)}: {visible_line(value[:_SHOWN])}")
     trained = _parsed(lora.metadata.get(NOTES_KEY, "{}"))
     if isinstance(trained, dict):
-        lines += [f"trained   {name}: {str(value)[:_SHOWN]}" for name, value in trained.items()]
+        lines += [
+            f"trained   {visible_line(name)}: {visible_line(str(value)[:_SHOWN])}"
+            for name, value in trained.items()
+        ]
     return "\n".join([*lines, "norms     of what is added to each weight", *norm_table(lora)])
 
 
@@ -147,6 +152,6 @@ def _strength(lora: LoraFile) -> str:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return load_json(text)
+    except ValueError:
         return text

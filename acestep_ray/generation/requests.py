@@ -32,6 +32,7 @@ from acestep_ray.plain_files import LINE, PROMPT, SONG_LIST
 from acestep_ray.plain_json import load_json
 from acestep_ray.plain_text import read_text
 from acestep_ray.storage import is_url
+from acestep_ray.terminal import show_line
 
 MAX_DURATION = 240.0
 
@@ -74,7 +75,7 @@ class Request:
     def show_warnings(self) -> None:
         """Tell what was odd, a line each."""
         for warning in self.warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            show_line(f"warning: {warning}", sys.stderr)
 
 
 def songs_of_flags(config: GenerateConfig, name: str, speaker_dim: int) -> Request:

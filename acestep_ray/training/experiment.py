@@ -18,6 +18,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.plain_files import NOTES
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import HeldError, Lease, StorageError, Store, is_url
+from acestep_ray.terminal import show_line
 from acestep_ray.tracking.local_database import same_run
 
 IDENTITY_FILE = "run.json"
@@ -217,7 +218,7 @@ def _leased(experiment: Store) -> Iterator[None]:
 
 def _end_this_run(why: str) -> None:
     """Bring this process to an end as SIGTERM does, so that two runs do not write to one folder."""
-    print(f"{why}: this run was out of reach for too long, and ends", flush=True)
+    show_line(f"{why}: this run was out of reach for too long, and ends")
     os.kill(os.getpid(), signal.SIGTERM)
 
 

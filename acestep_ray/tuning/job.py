@@ -18,6 +18,7 @@ from acestep_ray.plain_files import SETTINGS
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.ray_runtime import StopSignal, connect, wait_for_first_node
 from acestep_ray.storage import Store
+from acestep_ray.terminal import show_summary
 from acestep_ray.tracking import check_mlflow, mlflow_uri
 from acestep_ray.training.checks import check_model, check_train_config
 from acestep_ray.training.experiment import (
@@ -98,7 +99,7 @@ def tune(config: TuneConfig) -> TuneSummary:
             stop=StopSignal(),
             worker_cpus=reserved.worker_cpus,
         )
-        print(search.render(plan, reserved, len(found.recordings)), flush=True)
+        show_summary(search.render(plan, reserved, len(found.recordings)))
         runs = SearchRuns(
             tracking_uri,
             search.records,
@@ -122,7 +123,7 @@ def tune(config: TuneConfig) -> TuneSummary:
         retrained=None,
     )
     if interrupted:
-        print(f"{summary.render()}\ninterrupted: the same command goes on from here", flush=True)
+        show_summary(f"{summary.render()}\ninterrupted: the same command goes on from here")
         raise KeyboardInterrupt
     if best is not None and config.retrain_best is not None:
         summary.retrained = retrain(best, config.retrain_best)
