@@ -61,11 +61,11 @@ _META_KEYS = frozenset(
 _LINE = re.compile(r"[ \t]*([A-Za-z][A-Za-z _-]{0,30}?)[ \t]*:(.*)", re.DOTALL)
 
 _STRUCTURE = re.compile(
-    r"^\s*[\[【［](?:verse|chorus|pre-?chorus|post-?chorus|refrain|bridge|intro|outro|hook|break|drop|solo|inst|"
+    r"^[^\S\n]*[\[【［](?:verse|chorus|pre-?chorus|post-?chorus|refrain|bridge|intro|outro|hook|break|drop|solo|inst|"
     r"instrumental|interlude|start|end|rap|spoken|build|ending)[^\]】］\n]*[\]】］]",
     re.IGNORECASE | re.MULTILINE,
 )
-_TIMED = re.compile(r"^\s*(?:\[\d{1,3}:\d{2}|\d{1,2}:\d{2}:\d{2}[,.]\d{3}\s*-->)", re.MULTILINE)
+_TIMED = re.compile(r"^[^\S\n]*(?:\[\d{1,3}:\d{2}|\d{1,2}:\d{2}:\d{2}[,.]\d{3}\s*-->)", re.MULTILINE)
 # Few tags are longer than this, and few sung lines are shorter than half of it.
 _TAG_CHARACTERS = 40
 _TAG_WORDS = 4
