@@ -264,7 +264,9 @@ def load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
         for entry in state["_data_files"] + (state.get("_indices_data_files") or []):
             if entry["filename"] != posixpath.basename(entry["filename"]):
                 raise ValueError(f"{_STATE} names a file outside the dataset, {entry['filename']}")
-        return datasets.load_from_disk(str(splits[split]))
+        dataset = datasets.load_from_disk(str(splits[split]))
+        dataset.data.validate(full=True)  # offsets that lead out of the file would be followed
+        return dataset
     except FileNotFoundError as error:
         raise InputError(
             f"the dataset is incomplete, a file is missing ({error})",

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TextIO
 import pyarrow as pa
 
 from acestep_ray.data import metas
-from acestep_ray.data.columnar import open_parquet, rows_at_once
+from acestep_ray.data.columnar import open_parquet, rows_at_once, short
 from acestep_ray.data.fields import FILE_NAMES, plain_name
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.layouts import V15_JSON, sample_fields
@@ -73,10 +73,9 @@ def rows_of_table(table: StoredFile, findings: Findings) -> Iterator[Row]:
                     return
     except OSError as error:
         findings.problems.append(f"{table.name}: cannot be read ({error.strerror or error})")
-    except pa.ArrowException as error:
-        findings.problems.append(
-            f"{name}: is damaged or no {table.suffix} file ({str(error).splitlines()[0]})"
-        )
+    except (pa.ArrowException, OverflowError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        findings.problems.append(f"{name}: is damaged or no {table.suffix} file ({reason})")
 
 
 def _check_size(file: BinaryIO, name: str) -> None:
@@ -323,7 +322,7 @@ def _uses_genre(sample: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
 def _parquet_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
     parquet = open_parquet(file)
     batches = parquet.iter_batches(rows_at_once(parquet))
-    yield from _rows_of_batches(table, parquet.schema_arrow, batches, findings)
+    yield from _rows_of_batches(table, parquet.schema_arrow, map(short, batches), findings)
 
 
 def _arrow_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
@@ -334,7 +333,7 @@ def _arrow_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]
         file.seek(0)
         reader = pa.ipc.open_stream(file)
         batches = iter(reader)
-    yield from _rows_of_batches(table, reader.schema, batches, findings)
+    yield from _rows_of_batches(table, reader.schema, map(short, batches), findings)
 
 
 def _rows_of_batches(

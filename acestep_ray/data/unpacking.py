@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES
-from acestep_ray.data.columnar import open_parquet, rows_at_once
+from acestep_ray.data.columnar import check_growth, checked, open_parquet, rows_at_once
 from acestep_ray.data.fields import FILE_NAMES, plain_name
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.schema import load_split, splits_of
@@ -120,7 +120,7 @@ def unpacked(packed: Packed, output: Store, findings: Findings) -> Iterator[str]
                 _unpack_tar(file, folder / _subfolder(file) if len(packed.files) > 1 else folder, findings)
             yield str(folder)
         else:
-            yield str(_unpack_rows(_rows_of_files(packed.files), folder, findings))
+            yield str(_unpack_rows(_rows_of_files(packed.files, findings), folder, findings))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -199,7 +199,9 @@ def _has_audio_inside(file: StoredFile) -> bool:
             column = _audio_column(schema)
             if column is None:
                 return False
-            return any(_content_of(row[column])[0] is not None for row in batch.slice(0, 1).to_pylist())
+            return any(
+                _content_of(row[column])[0] is not None for row in checked(batch).slice(0, 1).to_pylist()
+            )
     except (pa.ArrowException, OSError):
         pass  # reading it as a table says what is wrong
     return False
@@ -230,15 +232,26 @@ def _batches(file: StoredFile) -> Iterator[tuple[pa.Schema, pa.RecordBatch]]:
                 yield reader.schema, whole.slice(start, _ROWS_AT_ONCE)
 
 
-def _rows_of_files(files: list[StoredFile]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows_of_files(files: list[StoredFile], findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows with their audio column's name."""
     for file in Progress("unpacking", len(files), "files").over(files):
-        _check_figures(file)
-        for schema, batch in _batches(file):
-            column = _audio_column(schema)
-            if column is not None:
-                for row in batch.to_pylist():
-                    yield column, row
+        try:
+            yield from _rows_of_file(file)
+        except (pa.ArrowException, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            findings.problems.append(f"{file.name}: is damaged, or no {file.suffix} file ({reason})")
+
+
+def _rows_of_file(file: StoredFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    _check_figures(file)
+    status, unpacked = file.status(), 0
+    for schema, batch in _batches(file):
+        unpacked += batch.nbytes
+        check_growth(status.size if status else 0, unpacked)
+        column = _audio_column(schema)
+        if column is not None:
+            for row in checked(batch).to_pylist():
+                yield column, row
 
 
 def _dataset_columns(directory: Path) -> list[str] | None:
