@@ -16,6 +16,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental.internal_kv import _internal_kv_get
 
+from acestep_ray.terminal import show_line
 from acestep_ray.terminal.numbers import number_text
 
 # A cluster's monitor reports for the first time some seconds after the head has started, later on a busy machine.
@@ -113,4 +114,4 @@ def describe(bundles: Sequence[Mapping[str, float]]) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    show_line(line, sys.stderr)

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from jsonargparse import ArgumentParser, Namespace
@@ -16,6 +15,7 @@ from acestep_ray.config.groups import Groups
 from acestep_ray.errors import EXIT_INPUT
 from acestep_ray.hints import Commands, command_hints, setting_hints
 from acestep_ray.paths import expand_home
+from acestep_ray.plain_files import SETTINGS, read_limited
 from acestep_ray.plain_text import decode_text
 from acestep_ray.terminal import show_error
 from acestep_ray.terminal.help import help_text, show_help
@@ -110,10 +110,10 @@ class Parser(ArgumentParser):
 def read_settings(path: str) -> str:
     """The text of a settings file, a path or a URL. Raises OSError, and ValueError for what is no text."""
     if "://" not in path:
-        return decode_text(Path(expand_home(path)).read_bytes())
+        return decode_text(read_limited(expand_home(path), SETTINGS))
     from acestep_ray.storage import StoredFile
 
-    return decode_text(StoredFile.at(path).read_bytes())
+    return decode_text(StoredFile.at(path).read_bytes(SETTINGS))
 
 
 def _is_group(action: argparse.Action) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
+from acestep_ray.plain_files import Limit, read_limited
+
 _MARKS = (
     # The mark of UTF-16 begins that of UTF-32.
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -13,6 +15,12 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
+
+
+def read_utf8(path: Path, limit: Limit) -> str:
+    """The text of a file in UTF-8 without a byte order mark. Raises OSError, also above the limit, and
+    UnicodeDecodeError."""
+    return read_limited(path, limit).decode("utf-8")
 
 
 def encoding_of(start: bytes) -> str:
@@ -28,6 +36,7 @@ def decode_text(content: bytes) -> str:
     return content.decode(encoding_of(content[:4]))
 
 
-def read_text(path: Path) -> str:
-    """The text of a file with line feeds as its line ends. Raises OSError and UnicodeDecodeError."""
-    return decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+def read_text(path: Path, limit: Limit) -> str:
+    """The text of a file with line feeds as its line ends. Raises OSError, also above the limit, and
+    UnicodeDecodeError."""
+    return decode_text(read_limited(path, limit)).replace("\r\n", "\n").replace("\r", "\n")

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 
 import ray
@@ -26,7 +25,7 @@ from acestep_ray.autoscaling import bring_nodes
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.paths import shell_command
 from acestep_ray.ray_errors import check_address, explain_start
-from acestep_ray.terminal import is_terminal, is_verbose, replace_unencodable
+from acestep_ray.terminal import is_terminal, is_verbose, replace_unencodable, show_line
 from acestep_ray.terminal.driver_stderr import filter_stderr
 
 # Of a custom resource that only marks nodes: a node with one of it has room for thousands.
@@ -278,7 +277,7 @@ class Console:
     INTERVAL_SECONDS = 0.5
 
     def __init__(self, show: Callable[[Any], None] | None = None) -> None:
-        self._show = show if show is not None else partial(print, flush=True)
+        self._show = show if show is not None else show_line
         self._lines = beside_driver(_Lines).remote()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print_until_ended, daemon=True)

@@ -54,6 +54,9 @@ _INSTRUMENTAL_WORDS = (
     "|纯音乐|純音樂"
 )
 _INSTRUMENTAL = frozenset(_INSTRUMENTAL_WORDS.split("|"))
+# Characters, of a list of languages too.
+_LONGEST = 300
+_SHOWN = 40
 _BETWEEN_LANGUAGES = re.compile(r"\s*(?:[,;/+&|、，]|\band\b|\bund\b|\bet\b)\s*", re.IGNORECASE)
 _BEHIND_NAME = re.compile(
     r"(?:\s*[(\[（][^()\[\]（）]*[)\]）]|\s+(?:language|lyrics|vocals?|songs?))\s*$", re.IGNORECASE
@@ -77,6 +80,10 @@ def language_code(text: str) -> str:
 
     Raises InputError for anything else.
     """
+    if len(text) > _LONGEST:
+        raise InputError(
+            "a language's name is longer than any", where=f"{text[:_SHOWN]!r}…", fix="give a code, such as en"
+        )
     plain = " ".join(text.strip().strip("\"'").split()).casefold()
     if plain in _OPEN or plain in _INSTRUMENTAL:
         return ""

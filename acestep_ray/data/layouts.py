@@ -6,13 +6,13 @@ markup in ai-toolkit. Pure functions; reading the files is left to the caller.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from acestep_ray.data.fields import FIELD_NAMES, plain_name
 from acestep_ray.errors import InputError
+from acestep_ray.plain_json import load_json
 
 TEXT_LAYOUTS = ("auto", "v1", "v15", "side-step", "ai-toolkit", "caption")
 """Values of `--texts`: what `NAME.txt` holds. `auto` decides by the content of each file."""
@@ -61,11 +61,11 @@ _META_KEYS = frozenset(
 _LINE = re.compile(r"[ \t]*([A-Za-z][A-Za-z _-]{0,30}?)[ \t]*:(.*)", re.DOTALL)
 
 _STRUCTURE = re.compile(
-    r"^\s*[\[【［](?:verse|chorus|pre-?chorus|post-?chorus|refrain|bridge|intro|outro|hook|break|drop|solo|inst|"
+    r"^[^\S\n]*[\[【［](?:verse|chorus|pre-?chorus|post-?chorus|refrain|bridge|intro|outro|hook|break|drop|solo|inst|"
     r"instrumental|interlude|start|end|rap|spoken|build|ending)[^\]】］\n]*[\]】］]",
     re.IGNORECASE | re.MULTILINE,
 )
-_TIMED = re.compile(r"^\s*(?:\[\d{1,3}:\d{2}|\d{1,2}:\d{2}:\d{2}[,.]\d{3}\s*-->)", re.MULTILINE)
+_TIMED = re.compile(r"^[^\S\n]*(?:\[\d{1,3}:\d{2}|\d{1,2}:\d{2}:\d{2}[,.]\d{3}\s*-->)", re.MULTILINE)
 # Few tags are longer than this, and few sung lines are shorter than half of it.
 _TAG_CHARACTERS = 40
 _TAG_WORDS = 4
@@ -133,7 +133,7 @@ def line_fields(text: str) -> dict[str, str] | None:
 
 def json_fields(text: str) -> dict[str, Any] | None:
     """The object of a JSON sidecar, where it has a field of a song; None for another text. Raises ValueError."""
-    content = json.loads(text)
+    content = load_json(text)
     if not isinstance(content, dict):
         return None
     names = {plain_name(name) for name in content}

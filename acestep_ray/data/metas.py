@@ -19,6 +19,8 @@ EMPTY_VALUES = frozenset(
 )
 """What programs write for a value that they do not know, in lower case."""
 
+# Characters of a tempo, a key or the like, with room for what people write around them.
+_LONGEST = 200
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 _MODES = {
     "major": "major",
@@ -65,12 +67,24 @@ def is_empty_value(value: Any) -> bool:
     return isinstance(value, str) and value.strip().lower() in EMPTY_VALUES
 
 
+def _text_of(value: Any, name: str) -> str:
+    """A cell as text. Raises ValueError for what is longer than any value of a field."""
+    try:
+        text = str(value).strip()
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
+        text = ""
+    if not text or len(text) > _LONGEST:
+        raise ValueError(f"{name} holds more than one value")
+    return text
+
+
 def read_bpm(value: Any) -> int | None:
     """Beats per minute as a whole number: of `96`, `"96.4"`, `"96 bpm"`, `"~96"`; None where there is none."""
     if is_empty_value(value):
         return None
-    number = _NUMBER.search(str(value)) if not isinstance(value, bool) else None
-    if number is None or (isinstance(value, str) and len(_NUMBER.findall(value)) > 1):
+    text = _text_of(value, "bpm")
+    number = _NUMBER.search(text) if not isinstance(value, bool) else None
+    if number is None or (isinstance(value, str) and len(_NUMBER.findall(text)) > 1):
         raise ValueError(f"bpm {value!r} is not one number")
     beats = float(number[0].replace(",", "."))
     bpm = round(beats) if math.isfinite(beats) else 0
@@ -86,7 +100,7 @@ def read_keyscale(value: Any) -> str:
     """
     if is_empty_value(value):
         return ""
-    text = str(value).strip()
+    text = _text_of(value, "key")
     if camelot := _CAMELOT.fullmatch(text):
         minor = camelot[2].upper() == "A"
         root = (_CAMELOT_MINOR if minor else _CAMELOT_MAJOR)[int(camelot[1]) - 1]
@@ -109,7 +123,7 @@ def read_timesignature(value: Any) -> str:
     """Beats in a bar, one of `TIME_SIGNATURES`: of `4`, `"4/4"`, `"6/8"`, 3.0. Returns "" where there is none."""
     if is_empty_value(value):
         return ""
-    text = str(value).strip()
+    text = _text_of(value, "time signature")
     beats = re.fullmatch(r"(\d+)(?:\.0+)?(?:\s*[/:]\s*(\d+))?(?:\s*time)?", text, re.IGNORECASE)
     if isinstance(value, bool) or beats is None or beats[1] not in TIME_SIGNATURES:
         raise ValueError(f"time signature {value!r} is not 2, 3, 4 or 6 beats in a bar")
@@ -122,7 +136,7 @@ def read_instrumental(value: Any) -> bool | None:
         return value
     if is_empty_value(value):
         return None
-    text = str(value).strip().lower().removesuffix(".0")
+    text = _text_of(value, "instrumental").lower().removesuffix(".0")
     if text in _YES:
         return True
     if text in _NO:

@@ -19,6 +19,8 @@ import pyarrow as pa
 
 from acestep_ray.errors import InputError
 from acestep_ray.foreign_files import seems_to_be
+from acestep_ray.plain_files import JSON, read_limited
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store, is_url
 
 if TYPE_CHECKING:
@@ -233,14 +235,14 @@ def _copy_split(store: Store, split: str, target: Path) -> None:
     """Copies the rows of a dataset's split; files that are missing or damaged are left to `load_split`."""
     folder = ""
     with contextlib.suppress(FileNotFoundError):
-        listing = store.read_bytes(_SPLIT_LISTING)
+        listing = store.read_bytes(_SPLIT_LISTING, JSON)
         (target / _SPLIT_LISTING).write_bytes(listing)
         folder = split
     try:
-        state = store.read_bytes(posixpath.join(folder, _STATE))
+        state = store.read_bytes(posixpath.join(folder, _STATE), JSON)
         (target / folder).mkdir(exist_ok=True)
         (target / folder / _STATE).write_bytes(state)
-        content = json.loads(state)
+        content = load_json(state)
         files = [
             entry["filename"] for entry in content["_data_files"] + (content.get("_indices_data_files") or [])
         ]
@@ -269,13 +271,15 @@ def load_split(directory: Path, split: str, where: str) -> datasets.Dataset:
                 where=where,
                 fix=f"it has: {', '.join(splits) or 'none'}",
             )
-        state = json.loads((splits[split] / _STATE).read_text(encoding="utf-8"))
+        state = load_json(read_limited(splits[split] / _STATE, JSON))
         if not state["_data_files"]:  # `datasets` writes this for a dataset without rows, and cannot load it
             raise _no_rows(where)
         for entry in state["_data_files"] + (state.get("_indices_data_files") or []):
             if entry["filename"] != posixpath.basename(entry["filename"]):
                 raise ValueError(f"{_STATE} names a file outside the dataset, {entry['filename']}")
-        return datasets.load_from_disk(str(splits[split]))
+        dataset = datasets.load_from_disk(str(splits[split]))
+        dataset.data.validate(full=True)  # offsets that lead out of the file would be followed
+        return dataset
     except FileNotFoundError as error:
         raise InputError(
             f"the dataset is incomplete, a file is missing ({error})",
@@ -305,8 +309,7 @@ def splits_of(directory: Path, where: str) -> dict[str, Path]:
     """Where each split lies: a DatasetDict lists them in `dataset_dict.json`, a Dataset has `state.json`."""
     listing = directory / _SPLIT_LISTING
     if listing.is_file():
-        names = json.loads(listing.read_text(encoding="utf-8"))["splits"]
-        return {name: directory / name for name in names}
+        return {name: directory / name for name in _split_names(listing, where)}
     if (directory / _STATE).is_file():
         return {"train": directory}
     if (directory / "manifest.json").is_file() and (directory / "samples").is_dir():
@@ -314,6 +317,22 @@ def splits_of(directory: Path, where: str) -> dict[str, Path]:
     else:
         fix = "make a dataset of your songs with `acestep-ray prepare`, and give its output directory"
     raise InputError("the directory holds no Hugging Face dataset", where=where, fix=fix)
+
+
+def _split_names(listing: Path, where: str) -> list[str]:
+    try:
+        names = load_json(read_limited(listing, JSON))["splits"]
+        # A name with folders could lead anywhere on this machine.
+        is_plain = [posixpath.basename(name) == name and name not in ("", ".", "..") for name in names]
+        if not isinstance(names, list) or not all(is_plain):
+            raise ValueError("its splits are no plain names")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        found = seems_to_be(listing)
+        reason = f"it is {found.what}" if found else f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"the dataset is damaged and cannot be read ({_SPLIT_LISTING}: {reason})", where=where, fix=_AGAIN
+        ) from None
+    return names
 
 
 def _check_types(schema: pa.Schema, where: str) -> None:

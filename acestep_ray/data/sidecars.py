@@ -23,6 +23,7 @@ from acestep_ray.data.fields import SongTexts, cells_by_field, read_texts, settl
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.same_names import Names, folded, told_apart
 from acestep_ray.data.texts import printable, read_text, recaptions_of, split_tags
+from acestep_ray.plain_files import JSON, LYRICS, PROMPT, Limit
 from acestep_ray.storage import Store
 
 _ENDINGS = {
@@ -38,6 +39,8 @@ _ALL_ENDINGS = tuple(ending for endings in _ENDINGS.values() for ending in endin
 _TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", "metadata.parquet")
 _KIND_OF_ENDING = tuple(kind for kind, endings in _ENDINGS.items() for _ in endings)
 _V15_ENDINGS = (".lyrics.txt", ".caption.txt")
+_LIMITS = {"prompt": PROMPT, "caption": PROMPT, "recaption": JSON, "json": JSON}
+"""Of kinds of texts; `NAME.txt` may be lyrics."""
 # A JSON file with one of these was meant for a song.
 _TELLING_NAMES = ("caption", "lyrics", "bpm", "keyscale")
 # A JSON file may be anything; all other endings of a text belong to a song.
@@ -53,6 +56,7 @@ class Sidecars:
         self._layout = layout
         self._used: set[str] = set()
         self._lock = threading.Lock()
+        self.parsing = threading.Lock()
         stems: set[str] = set()
         for name in audio:
             stems.update((_stem(name), name))
@@ -123,9 +127,13 @@ class Sidecars:
 
     def read(self, file: str, problems: list[str]) -> str:
         """The text of a file, which is a song's from now on."""
+        self.skip(file)
+        return read_text(self._root.file(file), printable(file), problems, _limit_of(file))
+
+    def skip(self, file: str) -> None:
+        """Note that a file is a song's, without reading it."""
         with self._lock:
             self._used.add(file)
-        return read_text(self._root.file(file), printable(file), problems)
 
     @property
     def layout(self) -> str:
@@ -191,19 +199,25 @@ class _SongReader:
             return None
         own: list[str] = []
         text = self.sidecars.read(files[0], own)
-        try:
-            found = layouts.json_fields(text) if not own else None
-        except (ValueError, RecursionError) as error:
-            found = None
-            if any(f'"{name}"' in text for name in _TELLING_NAMES):
-                own.append(f"{printable(files[0])}: not JSON ({error})")
+        # One at a time: what a JSON file holds may take twenty times its size.
+        with self.sidecars.parsing:
+            said = self._parse_json(text, files[0], own) if not own else None
         self.problems += own
-        if found is None:
-            if not own:
-                self.findings.group("has no field that is known, and is not used", printable(files[0]))
-            return None
-        self.layouts.append(layouts.V15)
-        return self._texts_of_fields(layouts.sample_fields(found, {}, uses_genre=False), printable(files[0]))
+        if said is None and not own:
+            self.findings.group("has no field that is known, and is not used", printable(files[0]))
+        if said is not None:
+            self.layouts.append(layouts.V15)
+        return said
+
+    def _parse_json(self, text: str, file: str, problems: list[str]) -> SongTexts | None:
+        try:
+            found = layouts.json_fields(text)
+            fields = None if found is None else layouts.sample_fields(found, {}, uses_genre=False)
+        except (ValueError, RecursionError) as error:
+            fields = None
+            if any(f'"{name}"' in text for name in _TELLING_NAMES):
+                problems.append(f"{printable(file)}: not JSON ({error})")
+        return None if fields is None else self._texts_of_fields(fields, printable(file))
 
     def _read_plain(
         self, texts: SongTexts, facts: SongTexts | None, row: tuple[str, SongTexts] | None
@@ -302,7 +316,7 @@ class _SongReader:
         if not files:
             return None
         for other in files[1:]:
-            self.sidecars.read(other, [])
+            self.sidecars.skip(other)
             ending = next(ending for ending in _ALL_ENDINGS if files[0].lower().endswith(ending))
             self.findings.group(f"is not used: NAME{ending} is", printable(other))
         return self.sidecars.read(files[0], self.problems)
@@ -340,6 +354,14 @@ def _may_be_table(name: str, stems: set[str]) -> bool:
     folder, base = posixpath.split(name)
     parts = base.split(".")
     return not any(posixpath.join(folder, ".".join(parts[:n])) in stems for n in range(1, len(parts)))
+
+
+def _limit_of(file: str) -> Limit:
+    """How much of a song's text file is read, by its longest ending."""
+    endings = [
+        (len(ending), place) for place, ending in enumerate(_ALL_ENDINGS) if file.lower().endswith(ending)
+    ]
+    return _LIMITS.get(_KIND_OF_ENDING[max(endings)[1]], LYRICS)
 
 
 def _stem(name: str) -> str:

@@ -28,6 +28,7 @@ from acestep_ray.data.same_names import Names, find_file
 from acestep_ray.data.sidecars import Sidecars
 from acestep_ray.data.tables import key_is_musical, rows_of_table
 from acestep_ray.data.texts import is_unicode, printable, text_of_cell
+from acestep_ray.plain_files import SONG_LIST
 from acestep_ray.storage import Store, StoredFile, expand_home, is_url
 
 # A request for a small text is mostly waiting.
@@ -35,7 +36,6 @@ _READERS = 32
 _SONGS_AT_ONCE = 1024
 # Rows of a table by which it is decided what its column `key` means.
 _FIRST_ROWS = 1000
-_LARGEST_TABLE = 64 << 20
 _LISTED = 3
 
 
@@ -330,7 +330,14 @@ def _rows_of_tables_within(
     # Of several tables the first wins, and Hugging Face's is written for this.
     for table in sorted(tables, key=lambda name: not posixpath.basename(name).startswith("metadata.")):
         status = root.status(table)
-        if status is None or status.size > _LARGEST_TABLE:
+        if status is None:
+            findings.group("is no regular file, and is not read", printable(table))
+            continue
+        if status.size > SONG_LIST.size:
+            findings.group(
+                f"is not read as a table of songs: it is larger than {SONG_LIST.size >> 20} MB",
+                printable(table),
+            )
             continue
         own = Findings()
         unused: dict[str, str] = {}

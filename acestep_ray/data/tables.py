@@ -9,30 +9,34 @@ import contextlib
 import csv
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from acestep_ray.data import metas
+from acestep_ray.data.columnar import open_parquet, rows_at_once, short
 from acestep_ray.data.fields import FILE_NAMES, plain_name
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.layouts import V15_JSON, sample_fields
+from acestep_ray.plain_files import LINE, SONG_LIST, TABLE, read_open
+from acestep_ray.plain_json import load_json
 from acestep_ray.plain_text import decode_text, encoding_of
 from acestep_ray.storage import StoredFile
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather")
 
-# Python's own limit for a cell, 128 K characters, is less than some lyrics.
-_LONGEST_CELL = 2**26
+_MOST_COLUMNS = 4096
+_MOST_ROWS = 10_000_000
+# Problems of one table after which it is not read any further.
+_MOST_PROBLEMS = 1000
+_SHOWN_COLUMNS = 20
+_TOO_LONG = f"longer than {LINE.size >> 20} MB, the limit of a table's rows"
 _DELIMITERS = ",;\t|"
 _EXCELS_LINE = re.compile(r"\s*\"?sep=(.)\"?\s*", re.IGNORECASE)
-_ROWS_AT_ONCE = 256
 _TELLING = re.compile(r"[\s#♯♭]|m$|maj|min", re.IGNORECASE)
 
 Row = tuple[str, dict[str, Any]]
@@ -50,14 +54,37 @@ def rows_of_table(table: StoredFile, findings: Findings) -> Iterator[Row]:
         ".arrow": _arrow_rows,
         ".feather": _arrow_rows,
     }
+    before = len(findings.problems)
     try:
         with table.open() as file:
-            yield from readers.get(table.suffix, _json_rows)(name, file, findings)
+            _check_size(file, table.name)
+            rows = readers.get(table.suffix, _json_rows)(name, file, findings)
+            for number, row in enumerate(rows, start=1):
+                if number > _MOST_ROWS:
+                    findings.problems.append(
+                        f"{name}: more than {_MOST_ROWS:,} rows; give it in several tables"
+                    )
+                    return
+                yield row
+                if len(findings.problems) - before > _MOST_PROBLEMS:
+                    findings.problems.append(
+                        f"{name}: the rows behind these {_MOST_PROBLEMS:,} problems are not read"
+                    )
+                    return
     except OSError as error:
         findings.problems.append(f"{table.name}: cannot be read ({error.strerror or error})")
-    except (pa.ArrowException, MemoryError) as error:  # Arrow asks for what a damaged file declares
+    # Arrow allocates what a damaged file declares.
+    except (pa.ArrowException, OverflowError, UnicodeDecodeError, MemoryError) as error:
         reason = (str(error).splitlines() or ["it declares more than there is memory"])[0]
         findings.problems.append(f"{name}: is damaged or no {table.suffix} file ({reason})")
+
+
+def _check_size(file: BinaryIO, name: str) -> None:
+    """Raise OSError for a table of more bytes than any that is read."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size > TABLE.size:
+        raise TABLE.error(name)
 
 
 def what_to_give(source: str) -> str:
@@ -121,8 +148,8 @@ def key_is_musical(rows: Sequence[Mapping[str, Any]]) -> bool:
 def _csv_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
     encoding = encoding_of(file.read(4))
     file.seek(0)
-    lines = _without_nul(iter(io.TextIOWrapper(file, encoding=encoding, newline="")))
-    number = 0
+    lines = _Lines(io.TextIOWrapper(file, encoding=encoding, newline=""))
+    number, problems = 0, len(findings.problems)
     try:
         header = next((line for line in lines if line.strip()), "")
         delimiter = None
@@ -132,14 +159,22 @@ def _csv_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
         delimiter = delimiter or max(_DELIMITERS, key=header.count)
         reader = csv.DictReader(chain([header], lines), delimiter=delimiter)
         columns = [name.strip() for name in reader.fieldnames or ()]
+        if len(columns) > _MOST_COLUMNS:
+            findings.problems.append(
+                f"{table}: has {len(columns):,} columns; up to {_MOST_COLUMNS:,} are read"
+            )
+            return
         if columns and not names_audio(columns):
             findings.problems.append(
                 f"{table}: has no column filename (or {', '.join(FILE_NAMES[1:6])}, …); "
-                f"it has {', '.join(columns)}"
+                f"it has {_columns_shown(columns)}"
             )
             return
         with _long_cells():
             for number, row in enumerate(reader, start=1):
+                lines.start_row()
+                if len(findings.problems) - problems > _MOST_PROBLEMS:
+                    return
                 origin = f"{table}, row {number}"
                 if None in row:
                     findings.problems.append(
@@ -154,16 +189,37 @@ def _csv_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
         findings.problems.append(f"{table}, row {number + 1}: {error}")
 
 
-def _without_nul(lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
+class _Lines(Iterator[str]):
+    """Lines of a table. Raises csv.Error for NUL, and for a row of more characters than a line may have."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._left = LINE.size
+
+    def start_row(self) -> None:
+        """Count the characters of the next row."""
+        self._left = LINE.size
+
+    def __next__(self) -> str:
+        line = self._file.readline(self._left + 1)
+        if not line:
+            raise StopIteration
+        self._left -= len(line)
         if "\0" in line:
             raise csv.Error("not UTF-8 text (it holds NUL bytes), save it as UTF-8")
-        yield line
+        if self._left < 0:
+            raise csv.Error(_TOO_LONG)
+        return line
+
+
+def _columns_shown(columns: Sequence[str]) -> str:
+    more = ", …" if len(columns) > _SHOWN_COLUMNS else ""
+    return f"{', '.join(columns[:_SHOWN_COLUMNS])}{more}"
 
 
 @contextlib.contextmanager
 def _long_cells() -> Iterator[None]:
-    before = csv.field_size_limit(_LONGEST_CELL)
+    before = csv.field_size_limit(LINE.size)
     try:
         yield
     finally:
@@ -182,10 +238,9 @@ def _json_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
         or table.lower().endswith(".json")
         or _starts_array(head)
     ):
-        content = file.read()
+        content = read_open(file, SONG_LIST, table)
         try:
-            yield from _rows_of_document(table, json.loads(decode_text(content)), findings)
-            return
+            document = load_json(content)
         except UnicodeError as error:
             findings.problems.append(f"{table}: not UTF-8 text ({error}), save it as UTF-8")
             return
@@ -194,6 +249,9 @@ def _json_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
             with contextlib.suppress(UnicodeError):
                 content = decode_text(content).encode()
             file = io.BytesIO(content)
+        else:
+            yield from _rows_of_document(table, document, findings)
+            return
     yield from _rows_of_lines(table, file, findings)
 
 
@@ -202,11 +260,18 @@ def _starts_array(head: bytes) -> bool:
 
 
 def _rows_of_lines(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
+    number, problems = 0, len(findings.problems)
+    while line := file.readline(LINE.size + 1):
+        number += 1
         origin = f"{table}, line {number}"
+        if len(line) > LINE.size:
+            findings.problems.append(f"{origin}: {_TOO_LONG}")
+            return
+        if len(findings.problems) - problems > _MOST_PROBLEMS:
+            return
         try:
             text = line.decode("utf-8-sig").strip()
-            row = json.loads(text) if text else None
+            row = load_json(text) if text else None
         except UnicodeDecodeError as error:
             findings.problems.append(f"{origin}: not UTF-8 text (byte {error.start}), save it as UTF-8")
             continue
@@ -239,14 +304,22 @@ def _rows_of_document(table: str, document: Any, findings: Findings) -> Iterator
     if not isinstance(document, list):
         findings.problems.append(f"{table}: is no list of songs, but {type(document).__name__}")
         return
+    problems = len(findings.problems)
     for number, row in enumerate(document, start=1):
         origin = f"{table}, song {number}"
+        if len(findings.problems) - problems > _MOST_PROBLEMS:
+            return
         if not isinstance(row, dict):
             findings.problems.append(f"{origin}: not a JSON object")
         elif metadata is None:
             yield origin, row
         else:
-            yield origin, sample_fields(row, metadata, _uses_genre(row, metadata))
+            try:
+                fields = sample_fields(row, metadata, _uses_genre(row, metadata))
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists
+                findings.problems.append(f"{origin}: a field is no text ({error})")
+                continue
+            yield origin, fields
 
 
 def _uses_genre(sample: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
@@ -262,8 +335,9 @@ def _uses_genre(sample: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
 
 
 def _parquet_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
-    parquet = pq.ParquetFile(file)
-    yield from _rows_of_batches(table, parquet.schema_arrow, parquet.iter_batches(_ROWS_AT_ONCE), findings)
+    parquet = open_parquet(file)
+    batches = parquet.iter_batches(rows_at_once(parquet))
+    yield from _rows_of_batches(table, parquet.schema_arrow, map(short, batches), findings)
 
 
 def _arrow_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
@@ -274,7 +348,7 @@ def _arrow_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]
         file.seek(0)
         reader = pa.ipc.open_stream(file)
         batches = iter(reader)
-    yield from _rows_of_batches(table, reader.schema, batches, findings)
+    yield from _rows_of_batches(table, reader.schema, map(short, batches), findings)
 
 
 def _rows_of_batches(

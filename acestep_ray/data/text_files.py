@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from acestep_ray.errors import InputError
 from acestep_ray.paths import expand_home
+from acestep_ray.plain_files import LYRICS, Limit, read_limited
 from acestep_ray.plain_text import encoding_of
 
 _OTHER_KINDS = (
@@ -80,10 +82,10 @@ def decode_text(content: bytes) -> str:
         ) from None
 
 
-def read_text_file(path: Path) -> str:
-    """The text of a file, line ends as LF. Raises InputError where it cannot be read or is no text."""
+def read_text_file(path: Path, limit: Limit) -> str:
+    """The text of a file, line ends as LF. Raises InputError where it cannot be read, is too large, or is no text."""
     try:
-        return decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+        return decode_text(read_limited(path, limit)).replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise InputError(f"cannot read the text file {path} ({error.strerror or error})") from None
     except ValueError as error:
@@ -91,7 +93,7 @@ def read_text_file(path: Path) -> str:
         raise InputError(f"cannot read the text file {path} ({what})", fix=fix) from None
 
 
-def text_or_file(text: str, folder: Path, *, words_name_files: bool) -> str:
+def text_or_file(text: str, folder: Path, *, words_name_files: bool, limit: Limit = LYRICS) -> str:
     """`text`, or what the text file holds that it names, relative to `folder`.
 
     A name is one line without a line end, also a typed one, that ends with a usual suffix of text files or begins as a
@@ -105,11 +107,11 @@ def text_or_file(text: str, folder: Path, *, words_name_files: bool) -> str:
     path = folder / _with_home(name)
     is_name = _looks_like_path(name, folder, words_name_files)
     try:
-        is_file, is_folder = path.is_file(), path.is_dir()
+        is_there, is_folder = os.path.lexists(path), path.is_dir()
     except OSError:  # no file can have this name
-        is_file = is_folder = False
-    if is_file and (is_name or words_name_files):
-        return read_text_file(path)
+        is_there = is_folder = False
+    if is_there and not is_folder and (is_name or (words_name_files and path.is_file())):
+        return read_text_file(path, limit)
     if is_folder and (is_name or words_name_files):
         raise InputError(f"a folder, not a text file ({path})", fix=_FIX)
     if is_name:

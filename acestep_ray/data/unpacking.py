@@ -7,6 +7,7 @@ regular files below the folder only, and no feature type of a dataset is decoded
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -17,17 +18,21 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from acestep_ray.data.audio_formats import AUDIO_SUFFIXES, TORCHCODEC_SUFFIXES
+from acestep_ray.data.columnar import check_growth, checked, open_parquet, rows_at_once
 from acestep_ray.data.fields import FILE_NAMES, plain_name
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.schema import load_split, splits_of
 from acestep_ray.data.tables import plain_columns
+from acestep_ray.data.tars import NO_TAR, TarBombError, files_of_tar
 from acestep_ray.errors import InputError
+from acestep_ray.plain_files import JSON, read_limited
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store, StoredFile
 from acestep_ray.terminal import Progress
 
@@ -35,6 +40,18 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _ARROW_SUFFIXES = (".parquet", ".arrow", ".feather")
 _DATASET_FILES = ("dataset_dict.json", "state.json")
 _ROWS_AT_ONCE = 8
+_MOST_ROWS = 10_000_000
+_MOST_PROBLEMS = 1000
+_UNWRITABLE_NAMES = (
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.EINVAL,
+    errno.EILSEQ,
+)
+# Bytes; a number and a suffix are put behind it, and file systems take 255.
+_LONGEST_STEM = 200
 _SUFFIX_OF_START = {b"fLaC": ".flac", b"OggS": ".ogg", b"RIFF": ".wav", b"ID3": ".mp3", b"FORM": ".aiff"}
 
 
@@ -98,13 +115,13 @@ def unpacked(packed: Packed, output: Store, findings: Findings) -> Iterator[str]
     folder = Path(tempfile.mkdtemp(prefix=".acestep-ray-unpacked-", dir=beside))
     try:
         if packed.dataset is not None:
-            yield str(_unpack_rows(_rows_of_dataset(packed.dataset), folder))
+            yield str(_unpack_rows(_rows_of_dataset(packed.dataset), folder, findings))
         elif packed.files[0].name.lower().endswith(TAR_SUFFIXES):
             for file in Progress("unpacking", len(packed.files), "tars").over(packed.files):
                 _unpack_tar(file, folder / _subfolder(file) if len(packed.files) > 1 else folder, findings)
             yield str(folder)
         else:
-            yield str(_unpack_rows(_rows_of_files(packed.files), folder))
+            yield str(_unpack_rows(_rows_of_files(packed.files, findings), folder, findings))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -127,20 +144,34 @@ def _subfolder(file: StoredFile) -> str:
 
 def _unpack_tar(file: StoredFile, folder: Path, findings: Findings) -> None:
     try:
-        with file.open() as content, tarfile.open(fileobj=content, mode="r|*") as tar:
-            for member in tar:
-                name = posixpath.normpath(member.name.lstrip("/"))
-                if not member.isfile() or name.startswith("..") or posixpath.basename(name).startswith("."):
-                    continue
-                source = tar.extractfile(member)
-                target = folder / name
-                if source is None or os.path.lexists(target):
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with source, open(target, "xb") as copy:
-                    shutil.copyfileobj(source, copy)
-    except (tarfile.TarError, EOFError, OSError) as error:
+        with file.open() as content:
+            for name, source in files_of_tar(content):
+                if not _unpack_member(source, name, folder):
+                    findings.group(
+                        "has files with names that cannot be written, which are left out", file.name
+                    )
+    except TarBombError as error:
+        findings.problems.append(f"{file.name}: {error}")
+    except (tarfile.TarError, EOFError, OSError, *NO_TAR) as error:
         findings.problems.append(f"{file.name}: is damaged, cut off, or no tar ({error})")
+
+
+def _unpack_member(source: IO[bytes], name: str, folder: Path) -> bool:
+    """Write a file of a tar; False where it cannot have its name on this disk."""
+    target = folder / name
+    if "\0" in name:
+        return False
+    try:
+        if os.path.lexists(target):
+            return True
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "xb") as copy:
+            shutil.copyfileobj(source, copy)
+    except OSError as error:
+        if error.errno in _UNWRITABLE_NAMES:
+            return False
+        raise
+    return True
 
 
 # --- tables with audio inside ------------------------------------------------------------------------------
@@ -164,14 +195,24 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def _has_audio_inside(file: StoredFile) -> bool:
     """Whether the first rows of a table hold files' bytes, and not only their names."""
     try:
+        _check_figures(file)
         for schema, batch in _batches(file):
             column = _audio_column(schema)
             if column is None:
                 return False
-            return any(_content_of(row[column])[0] is not None for row in batch.slice(0, 1).to_pylist())
+            return any(
+                _content_of(row[column])[0] is not None for row in checked(batch).slice(0, 1).to_pylist()
+            )
     except (pa.ArrowException, OSError):
         pass  # reading it as a table says what is wrong
     return False
+
+
+def _check_figures(file: StoredFile) -> None:
+    """Raise ArrowInvalid for a Parquet file that unpacks to far more than it is."""
+    if file.name.lower().endswith(".parquet"):
+        with file.open() as content:
+            rows_at_once(open_parquet(content))
 
 
 def _batches(file: StoredFile) -> Iterator[tuple[pa.Schema, pa.RecordBatch]]:
@@ -194,21 +235,33 @@ def _batches(file: StoredFile) -> Iterator[tuple[pa.Schema, pa.RecordBatch]]:
                 yield whole.schema, whole.slice(start, _ROWS_AT_ONCE)
 
 
-def _rows_of_files(files: list[StoredFile]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows_of_files(files: list[StoredFile], findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows with their audio column's name."""
     for file in Progress("unpacking", len(files), "files").over(files):
-        for schema, batch in _batches(file):
-            column = _audio_column(schema)
-            if column is not None:
-                for row in batch.to_pylist():
-                    yield column, row
+        try:
+            yield from _rows_of_file(file)
+        except (pa.ArrowException, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            findings.problems.append(f"{file.name}: is damaged, or no {file.suffix} file ({reason})")
+
+
+def _rows_of_file(file: StoredFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    _check_figures(file)
+    status, unpacked = file.status(), 0
+    for schema, batch in _batches(file):
+        unpacked += batch.nbytes
+        check_growth(status.size if status else 0, unpacked)
+        column = _audio_column(schema)
+        if column is not None:
+            for row in checked(batch).to_pylist():
+                yield column, row
 
 
 def _dataset_columns(directory: Path) -> list[str] | None:
     """Columns of a saved dataset, of its first split; None where that cannot be read, which opening it says."""
     try:
         first = next(iter(splits_of(directory, str(directory)).values()))
-        info = json.loads((first / "dataset_info.json").read_text(encoding="utf-8"))
+        info = load_json(read_limited(first / "dataset_info.json", JSON))
         return list(info["features"])
     except (InputError, OSError, ValueError, LookupError, TypeError, StopIteration):
         return None
@@ -229,20 +282,32 @@ def _rows_of_dataset(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield column, row
 
 
-def _unpack_rows(rows: Iterable[tuple[str, dict[str, Any]]], folder: Path) -> Path:
+def _unpack_rows(rows: Iterable[tuple[str, dict[str, Any]]], folder: Path, findings: Findings) -> Path:
     """Write the audio of rows as files, and all else as a table of JSON lines; returns the table."""
     table = folder / "songs.jsonl"
     taken: set[str] = set()
     with open(table, "w", encoding="utf-8") as lines:
         for number, (column, row) in enumerate(rows):
-            content, name = _content_of(row.pop(column))
+            if number >= _MOST_ROWS:
+                findings.problems.append(f"more than {_MOST_ROWS:,} rows; give them in several parts")
+                break
+            try:
+                content, name = _content_of(row.pop(column))
+            except (ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
+                findings.problems.append(f"row {number + 1}: its audio is no samples ({error})")
+                if len(findings.problems) > _MOST_PROBLEMS:
+                    break
+                continue
             if content is not None:
                 name = _file_name(name, content, number, taken)
                 (folder / name).write_bytes(content)
             row["filename"] = name
             # Of no use, and perhaps of types that JSON has not.
             plain = {key: value for key, value in row.items() if not isinstance(value, bytes)}
-            lines.write(json.dumps(plain, default=str, ensure_ascii=True) + "\n")
+            try:
+                lines.write(json.dumps(plain, default=str, ensure_ascii=True) + "\n")
+            except (ValueError, RecursionError):  # lists in lists in lists
+                findings.problems.append(f"row {number + 1}: its fields are nested too deep")
     return table
 
 
@@ -252,7 +317,8 @@ def _content_of(cell: Any) -> tuple[bytes | None, str]:
         return cell, ""
     if not isinstance(cell, dict):
         return None, cell if isinstance(cell, str) else ""
-    name = cell.get("path") or ""
+    path = cell.get("path")
+    name = path if isinstance(path, str) else ""
     if cell.get("bytes"):
         return cell["bytes"], name
     if cell.get("array") is not None and cell.get("sampling_rate"):
@@ -275,11 +341,12 @@ def _wav(samples: Any, sample_rate: int) -> bytes:
 def _file_name(path: str, content: bytes, number: int, taken: set[str]) -> str:
     """A name within the folder, by the path that a row gives; its suffix is an audio file's."""
     base = posixpath.basename(path.replace("\\", "/").rstrip("/")).lstrip(".")
+    base = "".join(character for character in base if character.isprintable())
     stem, suffix = posixpath.splitext(base)
     if suffix.lower() not in AUDIO_SUFFIXES | TORCHCODEC_SUFFIXES:
         by_content = [kind for start, kind in _SUFFIX_OF_START.items() if content.startswith(start)]
         stem, suffix = base, by_content[0] if by_content else ".mp3"
-    stem = stem or f"{number:06d}"
+    stem = stem.encode()[:_LONGEST_STEM].decode(errors="ignore") or f"{number:06d}"
     name, again = f"{stem}{suffix}", 1
     while name.lower() in taken:
         again += 1

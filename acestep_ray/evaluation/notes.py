@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from acestep_ray.terminal import show_line
+
 
 class Notes:
     """Lines for the user."""
@@ -12,7 +14,7 @@ class Notes:
     def tell(self, text: str) -> None:
         """Say something that the report repeats."""
         self.lines.append(text)
-        print(text, flush=True)
+        show_line(text)
 
     def warn(self, text: str) -> None:
         """Say that something is not as it should be."""

@@ -16,7 +16,9 @@ from acestep_ray.errors import InputError
 from acestep_ray.evaluation.candidates import Candidate
 from acestep_ray.evaluation.notes import Notes
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.plain_files import NOTES, SETTINGS
 from acestep_ray.plain_json import load_json
+from acestep_ray.plain_text import read_utf8
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.training.experiment import FINGERPRINTS, IDENTITY_FILE, SETTINGS_FILE
 from acestep_ray.training.holdout import hold_out, recordings_of_cache
@@ -129,8 +131,8 @@ def held_out_by(
 def _held_out_by_run(experiment: Path, index: CacheIndex) -> tuple[bool, int | None]:
     """Whether a run was trained on this cache, and its `val_songs`. Raises InputError for files that do not read."""
     try:
-        identity = load_json((experiment / IDENTITY_FILE).read_text(encoding="utf-8"))
-        settings = load_yaml((experiment / SETTINGS_FILE).read_text(encoding="utf-8"))
+        identity = load_json(read_utf8(experiment / IDENTITY_FILE, NOTES))
+        settings = load_yaml(read_utf8(experiment / SETTINGS_FILE, SETTINGS))
         return identity.get(FINGERPRINTS["dataset"]) == index.fingerprint, settings.get("val_songs")
     except FileNotFoundError:
         return False, None

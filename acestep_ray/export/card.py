@@ -15,7 +15,9 @@ from acestep_ray import __version__
 from acestep_ray.cache.stats import cache_stats
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.models.checkpoint import ACE_STEP_V1, TRANSFORMER
+from acestep_ray.plain_files import NOTES
 from acestep_ray.plain_json import load_json
+from acestep_ray.plain_text import read_utf8
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import Log, read_log
 from acestep_ray.reporting.plots import TRAINING, draw_losses
@@ -146,7 +148,7 @@ def render_card(facts: RunFacts, format_name: str, files: list[str]) -> str:
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """A file's mapping; an empty one where there is no file."""
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        values = parse(read_utf8(path, NOTES))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:

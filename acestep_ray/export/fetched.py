@@ -14,6 +14,8 @@ import yaml
 from acestep_ray.export.reading import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 from acestep_ray.export.source import checkpoint_folder
 from acestep_ray.paths import expand_home
+from acestep_ray.plain_files import SETTINGS
+from acestep_ray.plain_text import read_utf8
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import EVENTS
 from acestep_ray.storage import Store, StoredFile, is_url
@@ -91,7 +93,7 @@ def _fetch_run(experiment: Store, names: list[str], folder: Path, below: str, ch
 def _logs_of(experiment: Store, folder: Path) -> Store | None:
     """Where the run's events are, if that is in object storage."""
     try:
-        settings = load_yaml((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = load_yaml(read_utf8(folder / SETTINGS_FILE, SETTINGS))
         logger_dir = settings["logger_dir"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None

@@ -17,6 +17,7 @@ from acestep_ray.export.reading import LoraFile
 from acestep_ray.export.source import open_source
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import is_url
+from acestep_ray.terminal import visible_line
 from acestep_ray.terminal.numbers import number_text
 
 # `transformer_blocks.3.` or `lyric_encoder.encoders.0.`: a row of the table.
@@ -117,13 +118,13 @@ def _described(lora: LoraFile) -> str:
         "targets   " + ", ".join(f"{name} × {count}" for name, count in figures["targets"].items()),
     ]
     others = [(name, value) for name, value in lora.metadata.items() if name not in (METADATA_KEY, NOTES_KEY)]
-    lines += [f"metadata  {name[:_SHOWN]}: {value[:_SHOWN]}" for name, value in others[:_LISTED]]
+    lines += [f"metadata  {_fact(name, value)}" for name, value in others[:_LISTED]]
     if len(others) > _LISTED:
         lines.append(f"metadata  … and {len(others) - _LISTED:,} more")
     trained = _parsed(lora.metadata.get(NOTES_KEY, "{}"))
     if isinstance(trained, dict):
         facts = list(trained.items())[:_LISTED]
-        lines += [f"trained   {name[:_SHOWN]}: {str(value)[:_SHOWN]}" for name, value in facts]
+        lines += [f"trained   {_fact(name, value)}" for name, value in facts]
     return "\n".join([*lines, "norms     of what is added to each weight", *norm_table(lora)])
 
 
@@ -147,6 +148,11 @@ def _strength(lora: LoraFile) -> str:
             "`acestep-ray export` makes a file that plays alike everywhere"
         )
     return text
+
+
+def _fact(name: str, value: object) -> str:
+    """A name and its value on one line, each cut at `_SHOWN` characters."""
+    return f"{visible_line(name[:_SHOWN])}: {visible_line(str(value)[:_SHOWN])}"
 
 
 def _parsed(text: str) -> Any:

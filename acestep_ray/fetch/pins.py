@@ -13,6 +13,8 @@ from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.fetch.download import Content, Downloader, NotPublishedError, shown
 from acestep_ray.models.checkpoint import Release
 from acestep_ray.models.fingerprints import file_sha256
+from acestep_ray.plain_files import JSON, read_limited
+from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store
 
 PINS = "checkpoint.lock.json"
@@ -76,7 +78,7 @@ def read_pins(root: Path, release: Release) -> dict[str, PinnedModel]:
     """The pinned models by folder. Raises InputError for a file that is damaged or of other models."""
     path = root / PINS
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = load_json(read_limited(path, JSON))
         if stored["format"] != _FORMAT:
             raise ValueError(f"its format is {stored['format']!r}, not {_FORMAT}")
         pins = {folder: _parse_pin(model) for folder, model in stored["models"].items()}

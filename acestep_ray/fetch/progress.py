@@ -48,7 +48,7 @@ class Progress:
         if self._bar is not None:
             self._bar.say(line)
         else:
-            print(line, file=self._stream, flush=True)
+            terminal.show_line(line, self._stream)
 
     def end(self) -> None:
         """Leave the terminal to what follows."""

@@ -13,6 +13,7 @@ from acestep_ray.cache.schema import hash_of
 from acestep_ray.data.audio import SAMPLE_RATE
 from acestep_ray.generation.audio import Sound, audio_bytes
 from acestep_ray.generation.song import Song
+from acestep_ray.plain_files import JSON
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import FileStatus, Store
 
@@ -98,8 +99,8 @@ def _seconds_if_made(store: Store, files: dict[str, FileStatus], song: Song, rec
     if audio is None or note_of(song) not in files:
         return None
     try:
-        note = load_json(store.read_bytes(note_of(song)))
+        note = load_json(store.read_bytes(note_of(song), JSON))
         is_same = note["fingerprint"] == recipe.fingerprint(song) and note["bytes"] == audio.size
         return float(note["seconds"]) if is_same else None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # something else of that name

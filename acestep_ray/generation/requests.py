@@ -28,8 +28,11 @@ from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.generation.song import Song
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.paths import expand_home
+from acestep_ray.plain_files import LINE, PROMPT, SONG_LIST
+from acestep_ray.plain_json import load_json
 from acestep_ray.plain_text import read_text
 from acestep_ray.storage import is_url
+from acestep_ray.terminal import show_line
 
 MAX_DURATION = 240.0
 
@@ -58,6 +61,8 @@ _TEXT = ((str,), "text")
 # Files carry a suffix, and a longer one while they are written.
 _LONGEST_NAME = 200
 _LISTED = 10
+_MOST_PROBLEMS = 1000
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Request:
     def show_warnings(self) -> None:
         """Tell what was odd, a line each."""
         for warning in self.warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            show_line(f"warning: {warning}", sys.stderr)
 
 
 def songs_of_flags(config: GenerateConfig, name: str, speaker_dim: int) -> Request:
@@ -92,10 +97,11 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
     """
     where = f"--batch_path {path}"
     try:
-        lines = read_text(path).split("\n")
+        lines = read_text(path, SONG_LIST).split("\n")
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"cannot read the songs ({error})", where=where, fix="give a file with one JSON object a line"
+            f"cannot read the songs ({reason})", where=where, fix="give a file with one JSON object a line"
         ) from None
     if lines != [""] and (impostor := seems_to_be(path)):
         raise InputError(f"the file of the songs is {impostor.what}", where=where, fix=impostor.fix)
@@ -111,10 +117,13 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
         if not line.strip():
             continue
         found = len(problems)
+        if len(line) > LINE.size:
+            problems.append(f"line {number}: longer than {LINE.size >> 20} MB")
+            continue
         problems += (f"line {number}: {problem}" for problem in _problems_of_form(line))
         if len(problems) > found:
             continue
-        row = {name: value for name, value in json.loads(line).items() if value is not None}
+        row = {name: value for name, value in load_json(line).items() if value is not None}
         name = row.pop(NAME, f"{number:04d}")
         values, wrong = reader.read(row)
         problems += (f"line {number}: `{setting}`: {_told(error)}" for setting, error in wrong.items())
@@ -128,7 +137,7 @@ def songs_of_file(path: Path, config: GenerateConfig, speaker_dim: int) -> Reque
                 problems.append(f"line {number}: `{song.name}` is the name of a song of line {first} already")
         songs += made
     if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
+        listed = "".join(f"\n  - {problem}" for problem in _listed(problems, _MOST_PROBLEMS))
         raise InputError(
             f"{len(problems)} mistakes in the songs",
             where=f"{where}{listed}",
@@ -149,7 +158,7 @@ def read_lyrics(lyrics: str, folder: Path) -> tuple[str, list[LyricNote]]:
 
 def read_prompt(prompt: str, folder: Path) -> str:
     """The prompt, or that of the file that it names, its lines joined by commas."""
-    text = text_or_file(prompt, folder, words_name_files=False)
+    text = text_or_file(prompt, folder, words_name_files=False, limit=PROMPT)
     if text == prompt:
         return prompt
     return ", ".join(line.strip().rstrip(",") for line in text.split("\n") if line.strip())
@@ -189,9 +198,9 @@ def check_lyrics(
     return Request(request.songs, [*request.warnings, *_listed(list(warned.values()))])
 
 
-def _listed(lines: list[str]) -> list[str]:
-    more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-    return lines[:_LISTED] + more
+def _listed(lines: list[str], most: int = _LISTED) -> list[str]:
+    more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
+    return lines[:most] + more
 
 
 def _speaker_place(folder: Path, name: str) -> str | Path:
@@ -305,25 +314,29 @@ def _told(error: InputError) -> str:
 def _problems_of_form(line: str) -> Iterator[str]:
     """What is wrong with a row before its values are read."""
     try:
-        row = json.loads(line)
+        row = load_json(line)
     except json.JSONDecodeError as error:
         yield f"not JSON ({error.msg} at column {error.colno})"
         return
-    except RecursionError:
-        yield "not JSON (nested too deep)"
+    except ValueError as error:
+        yield f"not JSON ({error})"
         return
     if not isinstance(row, dict):
         yield "not a JSON object"
         return
     for name, value in row.items():
         if name != NAME and name not in SETTINGS:
-            yield f"`{name}` is unknown (rows have {', '.join((NAME, *SETTINGS))})"
+            yield f"`{_shortened(name)}` is unknown (rows have {', '.join((NAME, *SETTINGS))})"
             continue
         types, described = _TYPES.get(name, _TEXT)
         if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
-            yield f"`{name}` is {json.dumps(value)}, and has to be {described}"
+            yield f"`{name}` is {_shortened(json.dumps(value))}, and has to be {described}"
         elif name == NAME and isinstance(value, str) and not is_name(value):
-            yield f"`{NAME}` is {json.dumps(value)}, and has to name a file within the output folder"
+            yield f"`{NAME}` is {_shortened(json.dumps(value))}, and has to name a file within the output folder"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def is_name(name: str) -> bool:

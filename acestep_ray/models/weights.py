@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +14,9 @@ from torch import nn
 
 from acestep_ray.errors import InputError
 from acestep_ray.foreign_files import explained, seems_to_be
+from acestep_ray.plain_files import Limit
+from acestep_ray.plain_json import load_json
+from acestep_ray.plain_text import read_utf8
 from acestep_ray.torch_archive import NotTensorsError, check_archive
 
 FIX = "copy it again; what belongs to the released model is downloaded by `acestep-ray checkpoint fetch DIR`"
@@ -30,18 +33,18 @@ _NAMES = (
 )
 
 # The released tokenizer and indices have a few megabytes.
-_JSON_BYTES = 64 << 20
+_MODEL_JSON = Limit(64 << 20, "JSON files of models")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `InputError` where it is missing or not one."""
     try:
-        if path.stat().st_size > _JSON_BYTES:
-            raise InputError("too large for a JSON file of a model", where=str(path), fix=FIX)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(read_utf8(path, _MODEL_JSON))
     except FileNotFoundError:
         raise InputError("missing file", where=str(path), fix=FIX) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise InputError("too large for a JSON file of a model", where=str(path), fix=FIX) from None
         reason, fix = explained(path, error, FIX)
         raise InputError(f"cannot read this JSON file ({reason})", where=str(path), fix=fix) from error
     if not isinstance(content, dict):

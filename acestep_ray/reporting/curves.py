@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from acestep_ray.errors import InputError, without_password
+from acestep_ray.plain_files import JSON, read_limited
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store, is_url
 from acestep_ray.storage.folders import download_files
@@ -157,7 +158,7 @@ def read_mlflow_curves(experiment: Path) -> Log:
 def _noted_run(experiment: Path) -> MLflowRun | None:
     noted = experiment / MLFLOW_FILE
     try:
-        run = MLflowRun(**load_json(noted.read_bytes()))
+        run = MLflowRun(**load_json(read_limited(noted, JSON)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from acestep_ray.plain_files import SETTINGS
+from acestep_ray.plain_text import read_utf8
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import EVENTS
 from acestep_ray.storage import Store, is_url
@@ -46,6 +48,6 @@ def _logs_of(experiment: Store, folder: Path) -> Store | None:
     """Where the experiment's events are, if that is in object storage."""
     for settings in (folder / SETTINGS_FILE, folder / "best" / SETTINGS_FILE):
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-            logger_dir = load_yaml(settings.read_text(encoding="utf-8"))["logger_dir"]
+            logger_dir = load_yaml(read_utf8(settings, SETTINGS))["logger_dir"]
             return Store.at(logger_dir).child(experiment.name) if is_url(logger_dir) else None
     return None

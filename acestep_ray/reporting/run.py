@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.plain_files import NOTES
 from acestep_ray.plain_json import load_json
+from acestep_ray.plain_text import read_utf8
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import (
     Log,
@@ -164,7 +166,7 @@ def step_of(path: Path) -> int:
 
 def _mapping(path: Path, parse: Callable[[str], Any], missing: list[str]) -> dict[str, Any]:
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        values = parse(read_utf8(path, NOTES))
     except FileNotFoundError:
         missing.append(f"{path.name} is not there")
         return {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.plain_files import JSON, read_limited
 from acestep_ray.plain_json import load_json
 from acestep_ray.reporting.page import Page
 from acestep_ray.reporting.run import Run, step_of
@@ -42,7 +43,7 @@ def add_sample(page: Page, path: Path, vocabulary: Path | None) -> None:
     """
     noted = path.with_suffix(".json")
     try:
-        made_from: dict[str, Any] = dict(load_json(noted.read_text(encoding="utf-8")))
+        made_from: dict[str, Any] = dict(load_json(read_limited(noted, JSON)))
     except FileNotFoundError:
         made_from = {}
     except (OSError, ValueError, TypeError) as error:

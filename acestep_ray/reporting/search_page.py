@@ -12,6 +12,8 @@ import yaml
 
 from acestep_ray import __version__
 from acestep_ray.errors import AceStepError
+from acestep_ray.plain_files import SETTINGS
+from acestep_ray.plain_text import read_utf8
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import read_log
 from acestep_ray.reporting.page import Page
@@ -108,7 +110,7 @@ def _add_best_curves(page: Page, folder: Path, trial: str, settings: dict[str, A
 def _read(path: Path, page: Page) -> dict[str, Any]:
     """A file's mapping; what cannot be read is told."""
     try:
-        values = load_yaml(path.read_text(encoding="utf-8"))  # JSON is YAML
+        values = load_yaml(read_utf8(path, SETTINGS))  # JSON is YAML
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import posixpath
@@ -20,6 +21,7 @@ import fsspec
 
 from acestep_ray.errors import InputError
 from acestep_ray.paths import expand_home, path_of_file_uri
+from acestep_ray.plain_files import Limit, open_regular, read_limited
 from acestep_ray.storage.clients import filesystem_of, read_hub, tried
 from acestep_ray.storage.errors import S3, StorageError, is_past_the_end, not_found, without_secrets
 from acestep_ray.storage.files import (
@@ -174,8 +176,12 @@ class Store:
         if self.is_local:
             try:
                 return status_of_local(os.stat(self._local(name)))
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for NUL in a name
                 return None
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                    return None
+                raise
         # Otherwise the Hub's client lists the whole folder, remembers it, and tells nothing of the content.
         options = {"expand_info": True, "refresh": True} if self.protocol == "hf" else {}
         try:
@@ -183,10 +189,12 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def read_bytes(self, name: str) -> bytes:
-        """The whole file, in one request."""
+    def read_bytes(self, name: str, limit: Limit | None = None) -> bytes:
+        """The whole file, in one request. Raises OSError where it is larger than `limit`."""
+        if limit is not None:
+            return self._read_limited(name, limit)
         if self.is_local:
-            with open(self._local(name), "rb") as file:
+            with open_regular(self._local(name)) as file:
                 return file.read()
         if self.protocol == "hf":
             return self._tried(name, lambda: read_hub(self.filesystem, self.url_of(name)))
@@ -199,7 +207,7 @@ class Store:
         assert start >= 0
         assert length >= 0
         if self.is_local:
-            with open(self._local(name), "rb") as file:
+            with open_regular(self._local(name)) as file:
                 file.seek(start)
                 return file.read(length)
         if length == 0:
@@ -212,7 +220,7 @@ class Store:
         Reading raises StorageError where the object is replaced meanwhile, on storage that can tell (S3).
         """
         if self.is_local:
-            return open(self._local(name), "rb")
+            return open_regular(self._local(name))
         status = self._status_of_object(name)
         reader = ObjectReader(lambda start, length: self._read_same(name, status, start, length), status.size)
         return io.BufferedReader(reader, buffer_size=_READ_BYTES)
@@ -220,7 +228,7 @@ class Store:
     def download(self, name: str, target: str | os.PathLike[str]) -> None:
         """Copy a file to a place on this machine, whole or not at all, without holding it in memory."""
         if self.is_local:
-            with open(self._local(name), "rb") as source, written_whole(Path(target)) as file:
+            with open_regular(self._local(name)) as source, written_whole(Path(target)) as file:
                 while some := source.read(_DOWNLOADED_AT_ONCE):
                     file.write(some)
             return
@@ -373,6 +381,14 @@ class Store:
 
     def _local(self, name: str) -> str:
         return os.path.join(self.url, name)
+
+    def _read_limited(self, name: str, limit: Limit) -> bytes:
+        if self.is_local:
+            return read_limited(self._local(name), limit)
+        content = self._tried(name, lambda: self._read_range(name, 0, limit.size + 1))
+        if len(content) > limit.size:
+            raise limit.error(self.url_of(name))
+        return content
 
     def _status_of_object(self, name: str) -> FileStatus:
         status = self.status(name)

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from acestep_ray.errors import InputError
 from acestep_ray.paths import expand_home
+from acestep_ray.plain_files import Limit
 from acestep_ray.storage.files import FileStatus
 from acestep_ray.storage.store import Store, is_url
 
@@ -44,8 +45,8 @@ class StoredFile:
     def status(self) -> FileStatus | None:
         return self.store.status(self.name)
 
-    def read_bytes(self) -> bytes:
-        return self.store.read_bytes(self.name)
+    def read_bytes(self, limit: Limit | None = None) -> bytes:
+        return self.store.read_bytes(self.name, limit)
 
     def open(self) -> BinaryIO:
         return self.store.open(self.name)

@@ -23,11 +23,14 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def rich_console(stream: TextIO, width: int | None = None) -> Console:
-    """Writes to `stream`: in colour on a terminal unless $NO_COLOR is set, plain text elsewhere."""
+    """Writes to `stream`: in colour on a terminal unless $NO_COLOR is set, plain text elsewhere.
+
+    What is printed to it must have passed `escapes`.
+    """
     from rich.console import Console
 
     return Console(
-        file=stream,
+        file=getattr(stream, "trusted", stream),  # the console's own colours are not escaped
         width=width,
         force_terminal=is_terminal(stream),  # $FORCE_COLOR would put control characters into files
         highlight=False,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from acestep_ray.terminal.streams import Guarded
 
 _STDERR = 2
 _SECONDS_TO_END = 0.5
@@ -41,7 +42,7 @@ class _FilteredStderr:
             os.close(source)
             os.close(target)
         before = sys.stderr
-        sys.stderr = io.TextIOWrapper(
+        sys.stderr = Guarded(
             os.fdopen(self._direct, "wb", buffering=0, closefd=False),
             encoding=before.encoding,
             errors=before.errors,

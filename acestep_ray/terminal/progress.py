@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from acestep_ray.terminal.console import is_terminal, is_verbose, rich_console
+from acestep_ray.terminal.escapes import visible_line, visible_message
 from acestep_ray.terminal.numbers import number_text
+from acestep_ray.terminal.streams import escape_redirected
 
 if TYPE_CHECKING:
     import rich.progress
@@ -45,7 +47,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         """`total` of `unit`, such as "songs"; `amount` writes a number of them."""
-        self._title, self._total, self._unit, self._amount = title, total, unit, amount
+        self._title, self._total, self._unit, self._amount = visible_line(title), total, unit, amount
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._draws = is_terminal(self._stream) and not is_verbose()
@@ -82,6 +84,7 @@ class Progress:
         )
         self._shown -= self._interval  # the first state is drawn at once
         self._bar.start()
+        escape_redirected()
         self._bar.add_task(self._title, total=self._total, told="")
 
     def stop(self) -> None:
@@ -119,6 +122,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
+        line = visible_message(line)
         with self._lock:
             if self._bar is not None:
                 self._bar.console.print(line)
@@ -127,7 +131,8 @@ class Progress:
 
     def _told(self, done: float, now: float, facts: tuple[str, ...]) -> str:
         assert self._first is not None, "`update` has set it"
-        told = [f"{self._amount(done)}/{self._amount(self._total)} {self._unit}".rstrip(), *facts]
+        told = [f"{self._amount(done)}/{self._amount(self._total)} {self._unit}".rstrip()]
+        told += map(visible_line, facts)
         first, since = self._first
         if done > first and now > since:
             rate = (done - first) / (now - since)

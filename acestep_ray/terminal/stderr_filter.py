@@ -18,11 +18,20 @@ NOISE = re.compile(
     rb"(\x1b\[[0-9;]*m)*\[[\d :,.-]+ [EW] \d+ \d+\] core_worker\.cc:\d+: Actor with class name: '[^\n]*' and ID: '\w+' "
     rb"has constructor arguments in the object store and max_restarts > 0\.[^\n]*"
 )
+# As `escapes`, in bytes; colours, carriage returns of progress bars and damaged UTF-8 stay.
+_UNSEEN = re.compile(
+    rb"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\x1b(?!\[[0-9;]*m)|\xc2[\x80-\x9f]"
+    rb"|\xe2\x80[\x8b-\x8f\xa8-\xae]|\xe2\x81[\xa0-\xaf]|\xef\xbb\xbf"
+)
 _NOISE_STARTS = (b"[", b"\x1b")
 # A line that may become noise waits for its end so long; the line is written in one piece, within microseconds.
 SECONDS_FOR_A_LINE = 0.2
 _LOOKS_FOR_PARENT_SECONDS = 1.0
 _CHUNK = 65536
+
+
+def _code(match: re.Match[bytes]) -> bytes:
+    return b"".join(b"\\x%02x" % byte for byte in match[0])
 
 
 class LineFilter:
@@ -52,14 +61,14 @@ class LineFilter:
                 passed.append(line)
                 self._at_line_start = is_whole
         if passed:
-            self._write(b"".join(passed))
+            self._write(_UNSEEN.sub(_code, b"".join(passed)))
 
     def flush(self) -> None:
         """Pass on what is held: no end of its line has come."""
         if self._held:
             self._at_line_start = False
             held, self._held = self._held, b""
-            self._write(held)
+            self._write(_UNSEEN.sub(_code, held))
 
 
 def main(source: int = 0, target: int = 1) -> None:

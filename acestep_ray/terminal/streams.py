@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Any
 
+from acestep_ray.terminal.escapes import visible_output
+
 _ERRORS = "acestep-ray"
 # What a terminal without Unicode shows for characters of this program and of usual texts.
 _PLAIN = {
@@ -86,16 +88,58 @@ def guard_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, _Guarded):
-            setattr(sys, name, _Guarded.instead_of(stream))
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Guarded):
+            setattr(sys, name, Guarded.instead_of(stream))
     replace_unencodable()
 
 
-class _Guarded(io.TextIOWrapper):
-    """Text to a descriptor; an error of the system while writing ends nothing."""
+def escape_redirected() -> None:
+    """Escape what is printed above a progress bar: rich has put streams in place that obey colours and links."""
+    from rich.file_proxy import FileProxy
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, FileProxy):
+            setattr(sys, name, _Escaping(stream))
+
+
+class _Escaping:
+    """A stream that escapes what is written to it."""
+
+    def __init__(self, stream: Any):
+        self.trusted = stream
+
+    def write(self, text: str) -> int:
+        self.trusted.write(visible_output(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trusted, name)
+
+
+class _Trusted:
+    """A guarded stream, written to by what has escaped its texts."""
+
+    def __init__(self, stream: Guarded):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write_trusted(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Guarded(io.TextIOWrapper):
+    """Text to a descriptor, escaped; an error of the system while writing ends nothing."""
+
+    @property
+    def trusted(self) -> _Trusted:
+        """The same stream, which escapes nothing."""
+        return _Trusted(self)
 
     @classmethod
-    def instead_of(cls, stream: io.TextIOWrapper) -> _Guarded:
+    def instead_of(cls, stream: io.TextIOWrapper) -> Guarded:
         encoding, errors = stream.encoding, stream.errors
         lines, through = stream.line_buffering, stream.write_through
         with contextlib.suppress(OSError):
@@ -109,6 +153,11 @@ class _Guarded(io.TextIOWrapper):
         )
 
     def write(self, text: str) -> int:
+        self.write_trusted(visible_output(text))
+        return len(text)
+
+    def write_trusted(self, text: str) -> int:
+        """Write a text as it is."""
         try:
             return super().write(text)
         except OSError as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from acestep_ray.terminal.console import is_terminal, rich_console
+from acestep_ray.terminal.escapes import visible, visible_line, visible_message
 
 _NARROWEST_NAME = 7
 # A name of `fact_table`, two spaces or more, and what there is to say of it.
@@ -22,7 +23,7 @@ _STYLES = {
 
 def fact_table(rows: Iterable[tuple[str, object]]) -> str:
     """Names and values as a table without lines; a row without a name goes on with the value above it."""
-    texts = [(name, str(value)) for name, value in rows]
+    texts = [(visible_line(name), visible(str(value))) for name, value in rows]
     width = max([_NARROWEST_NAME, *(len(name) for name, _ in texts)]) + 2
     lines = []
     for name, value in texts:
@@ -33,7 +34,7 @@ def fact_table(rows: Iterable[tuple[str, object]]) -> str:
 
 def column_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table with a line of names above its rows; numbers stand below one another on the right."""
-    cells = [list(names), *map(list, rows)]
+    cells = [[visible_line(cell) for cell in row] for row in (names, *rows)]
     by_column = list(zip(*cells, strict=True))
     widths = [max(map(len, column)) for column in by_column]
     is_number = [len(column) > 1 and all(map(_is_number, column[1:])) for column in by_column]
@@ -46,7 +47,7 @@ def column_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def show_summary(text: str, stream: TextIO | None = None) -> None:
     """Print a summary; on a terminal the names of its facts are in colour. A reader may end before it does."""
-    stream = stream if stream is not None else sys.stdout
+    stream, text = stream if stream is not None else sys.stdout, visible(text)
     if not is_terminal(stream):
         try:
             print(text, file=stream, flush=True)
@@ -69,8 +70,13 @@ def show_error(kind: str, message: str, stream: TextIO | None = None) -> None:
     from rich.text import Text
 
     rich_console(stream if stream is not None else sys.stderr).print(
-        Text.assemble((f"{kind}:", "bold red"), f" {message}")
+        Text.assemble((f"{kind}:", "bold red"), f" {visible_message(message)}")
     )
+
+
+def show_line(text: object, stream: TextIO | None = None) -> None:
+    """Print a line of a job's log, to standard output where nothing else is given."""
+    print(visible_message(str(text)), file=stream if stream is not None else sys.stdout, flush=True)
 
 
 def _is_number(cell: str) -> bool:

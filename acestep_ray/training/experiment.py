@@ -15,8 +15,10 @@ from filelock import FileLock, Timeout
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.plain_files import NOTES
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import HeldError, Lease, StorageError, Store, is_url
+from acestep_ray.terminal import show_line
 from acestep_ray.tracking.local_database import same_run
 
 IDENTITY_FILE = "run.json"
@@ -121,13 +123,13 @@ def noted_place(value: str | None, experiment: Path) -> str | None:
 def read_json(folder: Store, name: str) -> dict[str, Any] | None:
     """The JSON object in a file of a run's folder; None where there is none. Raises InputError for another content."""
     try:
-        values = load_json(folder.read_bytes(name))
+        values = load_json(folder.read_bytes(name, NOTES))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
         return values
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"this file of the run does not read ({error})",
             where=folder.url_of(name),
@@ -219,7 +221,7 @@ def _leased(experiment: Store) -> Iterator[None]:
 
 def _end_this_run(why: str) -> None:
     """Bring this process to an end as SIGTERM does, so that two runs do not write to one folder."""
-    print(f"{why}: this run was out of reach for too long, and ends", flush=True)
+    show_line(f"{why}: this run was out of reach for too long, and ends")
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -25,7 +25,7 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.ray_runtime import Console, StopSignal, cluster_cpus, nodes_with, share_of
 from acestep_ray.storage import Store
-from acestep_ray.terminal import Progress
+from acestep_ray.terminal import Progress, show_line
 from acestep_ray.tracking import end_mlflow_run
 from acestep_ray.training.leaving import SavingTorchConfig, leaving
 from acestep_ray.training.settings import Say, StepsDone, WorkerPlace, WorkerSettings
@@ -128,7 +128,7 @@ def show(progress: Progress, told: str | StepsDone) -> None:
     if isinstance(told, StepsDone):
         progress.update(told.step, *told.facts)
     else:
-        print(told, flush=True)
+        show_line(told)
 
 
 def is_elastic(config: TrainConfig) -> bool:

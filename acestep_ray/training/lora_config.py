@@ -15,6 +15,7 @@ from torch import nn
 from acestep_ray.errors import InputError
 from acestep_ray.export.lora import ADAPTER_NAME
 from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
+from acestep_ray.plain_files import JSON
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import StoredFile
 from acestep_ray.training.bounded_patterns import is_pattern
@@ -120,7 +121,7 @@ def read_lora_config(path: str | Path) -> dict[str, Any]:
     file = StoredFile.at(path)
     content = b""
     try:
-        content = file.read_bytes()
+        content = file.read_bytes(JSON)
         values = load_json(content)
     except FileNotFoundError:
         raise InputError(

@@ -17,6 +17,7 @@ from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.storage import Store
+from acestep_ray.terminal import show_line, show_summary
 from acestep_ray.training.holdout import recordings_of_cache
 from acestep_ray.training.scan import SONGS, read_songs, scan
 from acestep_ray.training.streaming import Stream
@@ -124,10 +125,9 @@ def scan_for_stream(
     songs: SongTable, checkpoint: CheckpointDir, config: TrainConfig, experiment: Store, use_gpu: bool
 ) -> Stream:
     """Find out which songs can be used, with the settings of a cache that was computed without any flags."""
-    print(
+    show_line(
         f"{config.dataset_path} is no feature cache: every epoch decodes and encodes its songs again. "
-        "`acestep-ray precompute` does that once, and training on its cache gives the same numbers.",
-        flush=True,
+        "`acestep-ray precompute` does that once, and training on its cache gives the same numbers."
     )
     defaults = PrecomputeConfig(dataset_path="", checkpoint_dir="", output_dir="")
     tokenizer = LyricTokenizer.from_file(checkpoint.lyric_vocab_path())
@@ -146,7 +146,7 @@ def scan_for_stream(
         config.min_decoded,
         config.keep_unknown_lyrics,
     )
-    print(scan(songs, recipe, tokenizer, experiment).render(), flush=True)
+    show_summary(scan(songs, recipe, tokenizer, experiment).render())
     features = FEATURE_GROUPS if config.ssl_coeff > 0 else tuple(g for g in FEATURE_GROUPS if g != "ssl")
     encoding = replace(settings, features=features, precision="16" if use_gpu else "32")
     return Stream(songs.root, experiment, str(checkpoint.path), replace(recipe, settings=encoding))

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.foreign_files import FIRST_BYTES, start_of_impostor
+from acestep_ray.plain_files import NOTES
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import AccessDeniedError, Store
 from acestep_ray.training.optim import join_parts, stored_parts
@@ -144,7 +145,7 @@ class Checkpoints:
         Raises DamagedCheckpointError, and AceStepError for a format of another version.
         """
         try:
-            values = load_json(self.folder(step).read_bytes(STATE_FILE))
+            values = load_json(self.folder(step).read_bytes(STATE_FILE, NOTES))
             if values["format"] != FORMAT:
                 found = str(values["format"])[:40]
                 raise AceStepError(
@@ -155,7 +156,7 @@ class Checkpoints:
                 raise DamagedCheckpointError(f"{STATE_FILE} belongs to another step")
             _check_state(values)
             return values
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpointError(f"{STATE_FILE} does not read ({error})") from None
 
     def latest_state(self) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.ray_runtime import Console
 from acestep_ray.storage import Store, updated_folder
-from acestep_ray.terminal import Progress, is_verbose
+from acestep_ray.terminal import Progress, is_verbose, show_line
 from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.launch import fit_interruptibly
 from acestep_ray.tuning.records import Records, TrialRecord
@@ -200,7 +200,7 @@ class Search:
         runs.end_trial(record)
         loss = "" if record.best is None else f", lowest validation loss {record.lowest:.4f}"
         error = f": {record.error}" if record.error else ""
-        print(f"{record.name} {record.state} at step {record.steps}{loss}{error}", flush=True)
+        show_line(f"{record.name} {record.state} at step {record.steps}{loss}{error}")
 
     def write_results(self, runs: SearchRuns, interrupted: bool) -> Store | None:
         """Write the table, the report and the winner, and give them to MLflow; returns the winner's folder."""

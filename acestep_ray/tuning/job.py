@@ -14,9 +14,11 @@ from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
+from acestep_ray.plain_files import SETTINGS
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.ray_runtime import StopSignal, connect, wait_for_first_node
 from acestep_ray.storage import Store
+from acestep_ray.terminal import show_summary
 from acestep_ray.tracking import check_mlflow, mlflow_uri
 from acestep_ray.training.checks import check_model, check_train_config
 from acestep_ray.training.experiment import (
@@ -97,7 +99,7 @@ def tune(config: TuneConfig) -> TuneSummary:
             stop=StopSignal(),
             worker_cpus=reserved.worker_cpus,
         )
-        print(search.render(plan, reserved, len(found.recordings)), flush=True)
+        show_summary(search.render(plan, reserved, len(found.recordings)))
         runs = SearchRuns(
             tracking_uri,
             search.records,
@@ -121,7 +123,7 @@ def tune(config: TuneConfig) -> TuneSummary:
         retrained=None,
     )
     if interrupted:
-        print(f"{summary.render()}\ninterrupted: the same command goes on from here", flush=True)
+        show_summary(f"{summary.render()}\ninterrupted: the same command goes on from here")
         raise KeyboardInterrupt
     if best is not None and config.retrain_best is not None:
         summary.retrained = retrain(best, config.retrain_best)
@@ -212,7 +214,7 @@ def begin_parent(runs: SearchRuns, config: TuneConfig, space: Space, folder: Sto
 
 def retrain(best: Store, steps: int) -> TrainSummary:
     """Train the winner anew with so many steps, as an experiment of its own."""
-    values = load_yaml(best.read_bytes(SETTINGS_FILE))
+    values = load_yaml(best.read_bytes(SETTINGS_FILE, SETTINGS))
     pace = max(1, steps // VALIDATIONS)
     return train(
         replace(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.plain_files import NOTES
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store
 from acestep_ray.training.experiment import CHECKPOINTS, read_json, write_json
@@ -77,8 +78,8 @@ class Records:
         self._started: dict[str, float] = {}
         for name in self.folder.names(TRIALS, suffix=RECORD_FILE):
             try:
-                record = TrialRecord(**load_json(self.folder.read_bytes(name)))
-            except (ValueError, TypeError) as error:
+                record = TrialRecord(**load_json(self.folder.read_bytes(name, NOTES)))
+            except (OSError, ValueError, TypeError) as error:
                 raise InputError(
                     f"this trial's record does not read ({error})",
                     where=self.folder.url_of(name),

@@ -8,6 +8,7 @@ from typing import Any
 
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.storage import Store, fetched
+from acestep_ray.terminal import show_line
 from acestep_ray.tracking import MLflowRun, end_mlflow_run, environment_tags, start_mlflow_run
 from acestep_ray.tracking.mlflow_errors import reason_of
 from acestep_ray.tracking.mlflow_run import short_requests
@@ -61,7 +62,7 @@ class SearchRuns:
                 restore=self.restore,
             )
         except InputError as error:
-            print(f"warning: {record.name} is not in MLflow: {error.what}", flush=True)
+            show_line(f"warning: {record.name} is not in MLflow: {error.what}")
             return None
         record.mlflow_run = run.run_id
         self.records.write(record)
@@ -125,4 +126,4 @@ class SearchRuns:
 
 def _warn(run: MLflowRun, error: Exception) -> None:
     where = without_password(run.tracking_uri)
-    print(f"warning: MLflow at {where} does not take the search's results ({reason_of(error)})", flush=True)
+    show_line(f"warning: MLflow at {where} does not take the search's results ({reason_of(error)})")

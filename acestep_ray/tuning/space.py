@@ -14,6 +14,7 @@ import yaml
 
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
+from acestep_ray.plain_files import SETTINGS
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.storage import StoredFile
 from acestep_ray.tuning.distributions import DISTRIBUTIONS, Distribution
@@ -182,7 +183,7 @@ def read_space(path: str | None, flags: Mapping[str, str | None]) -> Space:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        given = load_yaml(StoredFile.at(path).read_bytes())
+        given = load_yaml(StoredFile.at(path).read_bytes(SETTINGS))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot read the search space ({reason})", where=f"--space {path}") from None
