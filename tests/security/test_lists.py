@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import struct
 import tarfile
 
@@ -149,8 +150,6 @@ print("code", code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert int(peak) < 1.8 * (1 << 20), "KiB at the peak"
     assert len(done.stderr) < 1 << 20
     if message:
-        import re
-
         assert code == "2"
         assert re.search(message, done.stderr), done.stderr[-2000:]
 
@@ -180,7 +179,8 @@ def test_a_tar_gives_regular_files_below_the_folder_alone(tmp_path):
     tar(tmp_path / "in/songs.tar", members)
     program = f"""
 from acestep_ray import cli
-print("code", cli.main(["prepare", "--data_dir", {str(tmp_path / "in/songs.tar")!r}, "--output_dir", {str(tmp_path / "set")!r}]))
+arguments = ["--data_dir", {str(tmp_path / "in/songs.tar")!r}, "--output_dir", {str(tmp_path / "set")!r}]
+print("code", cli.main(["prepare", *arguments]))
 """
     done = run_bounded(["-c", program], seconds=SECONDS)
     assert "code 0" in done.stdout, done.stderr
