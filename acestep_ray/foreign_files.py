@@ -10,6 +10,8 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from acestep_ray.plain_files import open_regular
+
 FIRST_BYTES = 512
 """As many as `seems_to_be` looks at."""
 
@@ -38,7 +40,7 @@ class Impostor(NamedTuple):
 def seems_to_be(path: str | Path) -> Impostor | None:
     """What the file at `path` seems to be, where that is none of the project's kinds of files; None where it may be."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(FIRST_BYTES)
     except OSError:
         return None

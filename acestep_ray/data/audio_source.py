@@ -12,6 +12,7 @@ import stat
 from typing import Any, BinaryIO
 
 from acestep_ray.data.schema import RejectReason
+from acestep_ray.plain_files import is_of_the_kernel, open_regular
 from acestep_ray.storage import StorageError, StoredFile, is_url
 
 _HASH_BLOCK_BYTES = 1 << 20
@@ -101,7 +102,7 @@ class AudioSource:
             return hashlib.sha256(self.content).hexdigest()
         digest = hashlib.sha256()
         try:
-            with open(self._place, "rb") if isinstance(self._place, str) else self._place.open() as file:
+            with open_regular(self._place) if isinstance(self._place, str) else self._place.open() as file:
                 while block := file.read(_HASH_BLOCK_BYTES):
                     digest.update(block)
         except (OSError, StorageError) as error:
@@ -133,9 +134,9 @@ class AudioSource:
 
     def _check_path(self, path: str) -> int:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(status.st_mode) or is_of_the_kernel(path):
             raise AudioError(RejectReason.UNSUPPORTED, f"not a regular file: {self.name}")
-        with open(path, "rb"):
+        with open_regular(path):
             return status.st_size
 
     def _open_object(self, file: StoredFile, whole_fetch_bytes: int) -> int:

@@ -35,6 +35,7 @@ from acestep_ray.data.sources import SourceSong, place_of, songs_of_folder, song
 from acestep_ray.data.tables import TABLE_SUFFIXES, what_to_give
 from acestep_ray.data.unpacking import find_packed, find_packed_in, unpacked
 from acestep_ray.errors import InputError
+from acestep_ray.plain_files import is_of_the_kernel
 from acestep_ray.storage import AccessDeniedError, Store, StoredFile, is_url
 from acestep_ray.terminal import Progress, fact_table
 
@@ -176,7 +177,7 @@ def _songs_at(
 
 
 def _resolved(place: str) -> str:
-    return place if is_url(place) else str(Path(place).resolve())
+    return place if is_url(place) else os.path.realpath(place)
 
 
 def _check_values(config: PrepareConfig) -> None:
@@ -278,7 +279,7 @@ def _problems_of_path(path: Path, origin: str) -> list[str]:
         alike = told_apart([path.name, *names_alike(str(path))])
         hint = f": {alike[0]} looks like {' and '.join(alike[1:])}" if len(alike) > 1 else ""
         return [f"{origin}: the file does not exist{hint}"]
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or is_of_the_kernel(path):
         return [f"{origin}: not a file"]
     if not os.access(path, os.R_OK):
         return [f"{origin}: the file may not be read (its permissions)"]
