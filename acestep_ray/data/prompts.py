@@ -15,7 +15,6 @@ MAX_CHARACTERS = 256
 
 PROMPT_WITHOUT_TAGS = "music"
 
-
 _COUNTED_TAGS = 200
 
 
@@ -51,7 +50,7 @@ def prompt_variants(
 
 
 def _number_of_orders(tags: Sequence[str]) -> int:
-    """How many different orders there are; of hundreds of tags, whose number has thousands of digits, at least so many."""
+    """How many different orders there are; of hundreds of tags, a lower bound: the number has thousands of digits."""
     if len(tags) > _COUNTED_TAGS:
         return 1 if len(set(tags)) == 1 else len(tags)
     possible = math.factorial(len(tags))
