@@ -133,7 +133,7 @@ async def _client(**options: Any) -> aiohttp.ClientSession:
     )
 
 
-class BoundedHTTP(HTTPFileSystem):  # type: ignore[misc]
+class BoundedHTTP(HTTPFileSystem):
     """fsspec's client of web servers with this module's bounds."""
 
     def __init__(self, **options: Any):
