@@ -8,13 +8,13 @@ OUT    ?= ./quickstart
 BENCH  ?= --device cuda
 # Each starts a Ray cluster of two CPUs of its own.
 TEST_PROCESSES ?= 2
-test test-faults test-cluster test-cluster-faults test-docs: export OMP_NUM_THREADS = 1
+test test-faults test-cluster test-cluster-faults test-docs fuzz: export OMP_NUM_THREADS = 1
 
 # Where the released lyric vocabulary is at hand, the tests that need it run too.
 ACESTEP_LYRIC_VOCAB ?= $(abspath $(wildcard ../shared/data/lyric_vocab.json))
 export ACESTEP_LYRIC_VOCAB
 
-.PHONY: venv quickstart test test-quantisation test-faults test-cluster test-cluster-faults test-deploy test-docs lint types format bench clean
+.PHONY: venv quickstart test fuzz test-quantisation test-faults test-cluster test-cluster-faults test-deploy test-docs lint types format bench clean
 
 venv: $(VENV)/.installed
 
@@ -28,7 +28,12 @@ quickstart: venv
 	$(BIN)/acestep-ray quickstart --output_dir '$(OUT)' $(if $(SONGS),--songs '$(SONGS)')
 
 test: venv
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not faults and not cluster and not deploy and not docs"
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not faults and not cluster and not deploy and not docs and not fuzz"
+
+# Readers of foreign files, each in a process with limits: five minutes in all, FUZZ_SECONDS=3600 for an hour. A found case
+# belongs into tests/fuzz/corpus, which `make test` reads.
+fuzz: venv
+	$(BIN)/python -m pytest -n 0 -m fuzz tests/fuzz -o addopts="-ra --strict-markers" -s
 
 # Apart from the others: with torchao there, every process that imports transformers takes two seconds longer.
 test-quantisation: venv
