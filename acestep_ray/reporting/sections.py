@@ -25,6 +25,8 @@ from acestep_ray.units import size_text
 ROWS = 20
 """Of a table with a row for each validation or checkpoint."""
 REJECT_ROWS = 100
+_LINES = 20
+"""At most so many curves are in a figure."""
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 _QUARTERS = {"q1": "most noise (q1)", "q2": "q2", "q3": "q3", "q4": "least noise (q4)"}
 _MEASURES = {FIXED_NOISE: "Songs that are trained on", VALIDATION: "Held-out songs"}
@@ -53,6 +55,7 @@ def add_curves(page: Page, run: Run) -> None:
         for name, curve in run.log.curves.items()
         if name.startswith("loss/") and name.split("/")[1] not in _MEASURES
     }
+    parts = dict(list(parts.items())[:_LINES])
     waits = {"": {step: 100 * share for step, share in run.log["throughput/data_wait"].items()}}
     small: list[tuple[str, Mapping[str, Curve], bool]] = [
         ("Parts of the loss", parts, False),

@@ -127,11 +127,15 @@ def test_a_cloud_s_machines_name_one_image_and_no_newest_one(cloud):
     assert len(images) >= len(config["available_node_types"])
     for image in images:
         assert not re.search(r"latest|/family/|resolve:|:$", image), image
-        assert re.fullmatch(r"(projects/[\w-]+/global/images/)?(MY_(GPU_)?IMAGE|[\w-]*v?20\d{6}[\w-]*)", image)
+        assert re.fullmatch(
+            r"(projects/[\w-]+/global/images/)?(MY_(GPU_)?IMAGE|[\w-]*v?20\d{6}[\w-]*)", image
+        )
 
 
 def test_every_image_that_is_downloaded_has_its_digest():
-    bases = re.findall(r"^ARG \w*IMAGE=(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    bases = re.findall(
+        r"^ARG \w*IMAGE=(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert bases
     for image in bases:
         assert re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", image)

@@ -46,7 +46,10 @@ PATHS = (
     "/get_runtime_envs_info",
     "/events",
 )
-OPEN_METHODS = {"/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
+OPEN_METHODS = {
+    "/grpc.health.v1.Health/Check",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+}
 """What Ray answers to everybody: whether a service is well, and the names of the services."""
 _SECONDS = 3.0
 

@@ -64,7 +64,7 @@ def test_a_neighbour_of_a_local_cluster_gets_nothing_without_its_token(own_netwo
             assert_refused(port)
         if not own_networks:
             assert [port for port in ports if not port.is_loopback] == []
-        (dashboard,) = [port for port in ports_of(cluster.nodes[HEAD].processes("dashboard.py"))]
+        (dashboard,) = ports_of(cluster.nodes[HEAD].processes("dashboard.py"))
         assert dashboard.is_loopback
 
 
