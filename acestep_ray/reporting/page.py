@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.hidden_secrets import without_secrets
 from acestep_ray.reporting.drawing import PictureError, data_uri, draw, picture_file_uri, picture_uri
 from acestep_ray.reporting.sound import MEDIA_TYPE, read_sound
 from acestep_ray.reporting.style import STYLE
@@ -77,6 +78,7 @@ class Page:
 
     def note(self, text: str) -> None:
         """Add what the reader should not miss: a warning, or that something is not there."""
+        text = without_secrets(text)
         self.notes.append(text)
         self._add(f'<p class="note">{_escaped(text)}</p>')
 

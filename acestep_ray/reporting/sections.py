@@ -11,7 +11,8 @@ from statistics import fmean, median
 from typing import Any
 
 from acestep_ray.config import TrainConfig
-from acestep_ray.errors import AceStepError, without_password
+from acestep_ray.errors import AceStepError
+from acestep_ray.hidden_secrets import without_secrets
 from acestep_ray.reporting.curves import Curve
 from acestep_ray.reporting.page import Page
 from acestep_ray.reporting.plots import draw_losses, draw_norms, draw_quarters, draw_steps
@@ -124,7 +125,7 @@ def add_songs(page: Page, dataset_path: str | None, experiment: Path) -> None:
         page.table(["length", "songs"], lengths, caption="Songs by length")
     if counts.rejects:
         columns = ["key", "filename", "stage", "reason", "message"]
-        rows = [[reject[column] for column in columns] for reject in counts.rejects[:REJECT_ROWS]]
+        rows = [[_setting(reject[column]) for column in columns] for reject in counts.rejects[:REJECT_ROWS]]
         of = (
             f", the first {REJECT_ROWS} of {len(counts.rejects):,}"
             if len(counts.rejects) > REJECT_ROWS
@@ -240,7 +241,7 @@ def add_settings(page: Page, settings: Mapping[str, Any]) -> None:
 
 
 def _setting(value: Any) -> Any:
-    return without_password(value) if isinstance(value, str) else value
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _ends(curve: Mapping[int, float]) -> str:

@@ -206,7 +206,7 @@ def test_nothing_of_a_text_runs_wherever_a_page_takes_one(server, tmp_path, writ
     )
     page.write(tmp_path / "page.html")
     assert dangers((tmp_path / "page.html").read_text(encoding="utf-8")) == []
-    assert TAKEN != title_in_browser(tmp_path / "page.html", tmp_path / "profile")
+    assert title_in_browser(tmp_path / "page.html", tmp_path / "profile") != TAKEN
     assert asked == []
 
 

@@ -75,7 +75,7 @@ PICTURES = {
     ),
     "a profile that unpacks to 128 MB": (
         lambda: png(8, 8, chunk(b"iCCP", b"note\0\0" + zeros(1 << 27)), data=zeros(8 * 25)),
-        None,
+        "it is damaged",
     ),
     "many texts": (lambda: png(8, 8, *[chunk(b"tEXt", b"k\0" + b"v" * 900_000)] * 17, data=zeros(200)), None),
     "40 MB": (lambda: png(8, 8, chunk(b"prVt", bytes(40 << 20)), data=zeros(8 * 25)), "more than the 16 MB"),
@@ -253,17 +253,17 @@ def wav_header(channels: int, rate: int, frames: int) -> bytes:
     )
 
 
-SOUNDS = [(65535, 48000, 1), (2, 1, 1), (2, 2**31, 1), (2, 48000, 3000), (8, 192000, 1)]
+SOUNDS = [(65535, 48000, 1), (2, 1, 1), (2, 2**31, 1), (2, 48000, 500), (8, 192000, 1)]
 
 
 def test_sound_of_any_form_and_size_and_thousands_of_samples_are_played_or_noted(write_run):  # noqa: F811
     run = write_run()
-    for step in range(3000):
+    for step in range(1000):
         (run / f"samples/step={step + 1000}").mkdir()
         (run / f"samples/step={step + 1000}/a.wav").write_bytes(b"")
-    # Those that the page takes of all: every 273rd, the first and the last.
+    # Those that the page takes of all: every 91st, the first and the last.
     for number, (channels, rate, megabytes) in enumerate(SOUNDS):
-        with open(run / f"samples/step={1000 + round((number + 1) * 3000 / 11) - 1}/a.wav", "wb") as file:
+        with open(run / f"samples/step={1000 + round((number + 1) * 1000 / 11) - 1}/a.wav", "wb") as file:
             file.write(wav_header(channels, rate, 2**30))
             file.truncate(megabytes << 20)
     ended = run_limited("report", run, megabytes=MEGABYTES, seconds=SECONDS)
@@ -271,7 +271,7 @@ def test_sound_of_any_form_and_size_and_thousands_of_samples_are_played_or_noted
     assert "Traceback" not in ended.output
     assert ended.megabytes < 500
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "12 of 3001 samples" in page
+    assert "12 of 1001 samples" in page
     assert page.count("<audio") >= 2
     assert len(page) < 8 << 20
 
