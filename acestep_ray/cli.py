@@ -32,6 +32,7 @@ from acestep_ray.flags import (
     with_switches_on,
     with_underscores,
 )
+from acestep_ray.hidden_secrets import fit_to_print
 from acestep_ray.jobs import CACHE_ACTIONS, CHECKPOINT_ACTIONS, EXPORT_ACTIONS, JOBS, Job
 from acestep_ray.terminal import VERBOSE, guard_streams, replace_unencodable, show_error, show_summary
 
@@ -65,17 +66,17 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     except AceStepError as error:
         if switches.debug:
-            traceback.print_exc()
+            show_traceback()
         show_error("error", str(error))
         return error.exit_code
     except SystemExit as end:
         if switches.debug and end.code:
-            traceback.print_exc()  # with what the parser has met
+            show_traceback()  # with what the parser has met
         raise
     except Exception as error:
         # The last resort: a fault of ours or of the machine, told in a line; the traceback is for who asks.
         if switches.debug:
-            traceback.print_exc()
+            show_traceback()
         advice = "run again with --debug for the traceback, with -v for what Ray and its workers say"
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
             advice = "look with nvidia-smi for other programs on the GPU, or give --device cpu"
@@ -130,6 +131,11 @@ def _end_interrupted() -> NoReturn:
         sys.stderr.flush()
     finally:
         os._exit(EXIT_INTERRUPTED)
+
+
+def show_traceback() -> None:
+    """Print the traceback of the error at hand; the messages in it may repeat what clients were given."""
+    print(fit_to_print(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def run(parsed: Namespace) -> None:

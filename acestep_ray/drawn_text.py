@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
+# Of XML's characters: C0 but white space, C1, surrogates, and two that are none.
+_NOT_DRAWN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
 
 def literal(text: str) -> str:
-    """The text as matplotlib draws it letter by letter; between two `$` it would read a formula, or fail to."""
-    return text.replace("$", r"\$")
+    """The text as matplotlib draws it letter by letter, without characters that an SVG must not hold.
+
+    Between two `$` matplotlib would read a formula, or fail to.
+    """
+    return _NOT_DRAWN.sub("\N{REPLACEMENT CHARACTER}", text).replace("$", r"\$")
 
 
 def with_fonts(text: str) -> tuple[str, list[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,9 @@ _SETTINGS = (
 _CURVES = {TRAINING: "loss", "fixed noise": f"loss/{FIXED_NOISE}", "held-out songs": f"loss/{VALIDATION}"}
 """TensorBoard's name of each curve."""
 _PICTURE_DPI = 120
+# Line ends of any kind, controls, and marks that turn the direction of what follows.
+_NOT_ON_A_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
+_MARKS = re.compile(r"[\\`*\[\]|!~$]")
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def render_card(facts: RunFacts, format_name: str, files: list[str]) -> str:
         yaml.safe_dump(head, sort_keys=False).strip(),
         "---",
         "",
-        f"# {facts.name}",
+        f"# {_text(facts.name)}",
         "",
         f"A LoRA for {base}, after {facts.step:,} steps of training with acestep-ray {__version__}.",
         "",
@@ -141,7 +146,7 @@ def render_card(facts: RunFacts, format_name: str, files: list[str]) -> str:
     ]
     if facts.losses:
         lines += ["## Loss", "", f"![Losses by step]({PICTURE})", "", *_loss_lines(facts.losses), ""]
-    lines += ["## Files", "", *(f"- `{name}`" for name in files), "", _usage(format_name), ""]
+    lines += ["## Files", "", *(f"- {_code(name)}" for name in files), "", _usage(format_name), ""]
     return "\n".join(lines)
 
 
@@ -200,14 +205,27 @@ def _song_lines(songs: Mapping[str, Any] | None) -> list[str]:
         return ["The songs were not at hand when this card was written."]
     lines = [f"{songs['songs']:,} songs, {songs['hours']:.2f} hours."]
     if "languages" in songs:
-        sung = ", ".join(f"{name} {count}" for name, count in songs["languages"].items())
+        sung = ", ".join(f"{_text(name)} {count}" for name, count in songs["languages"].items())
         lines.append(f"Languages of the lyrics: {sung}. Songs that could not be used: {songs['rejects']}.")
     return lines
 
 
+def _text(text: str) -> str:
+    """A text of somebody else's as Markdown that shows it: no HTML, picture, link, cell or heading begins in it."""
+    shown = html.escape(_NOT_ON_A_LINE.sub(" ", text), quote=False)
+    # A bare address becomes a link on the Hub.
+    return _MARKS.sub(r"\\\g<0>", shown).replace("://", r"\://").replace("www.", r"www\.")
+
+
+def _code(text: str) -> str:
+    """A name as code; the bar would end a cell of a table."""
+    name = _NOT_ON_A_LINE.sub(" ", text).replace("`", "'").replace("|", "¦")
+    return f"`{name.strip() or ' '}`"
+
+
 def _table(values: Mapping[str, Any]) -> list[str]:
     rows = [
-        f"| `{name}` | {', '.join(map(str, value)) if isinstance(value, list) else value} |"
+        f"| {_code(name)} | {_text(', '.join(map(str, value)) if isinstance(value, list) else str(value))} |"
         for name, value in values.items()
         if value not in (None, {}, [])
     ]

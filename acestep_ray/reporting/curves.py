@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
+import queue
+import stat
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.plain_files import JSON, read_limited
@@ -20,6 +24,7 @@ from acestep_ray.tracking.local_database import SQLITE, database_of
 from acestep_ray.tracking.mlflow_errors import reason_of
 from acestep_ray.tracking.mlflow_run import MLflowRun, located_run, short_requests
 from acestep_ray.training.experiment import MLFLOW_FILE
+from acestep_ray.units import size_text
 
 Curve = Mapping[int, float]
 """Values by step, ascending."""
@@ -30,6 +35,11 @@ EVENTS = "events.out.tfevents."
 """How the names of TensorBoard's files begin."""
 
 _REQUEST_SECONDS = 10
+_ANSWER_SECONDS = 60.0
+MAX_EVENT_BYTES = 64 * 2**20
+"""Of a run's events: 200,000 steps. TensorBoard takes 40 s and 1 GB of memory for them."""
+_MOST_CURVES = 1000
+_YEAR_9999 = 253_370_764_800
 _PASSWORD_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD")
 
 
@@ -96,14 +106,24 @@ def read_log(experiment: Path, logger_dir: str | None, trial: str = "") -> Log:
 
 
 def read_events(folder: Path) -> Log:
-    """The curves in TensorBoard's events; none where TensorBoard is not installed."""
+    """The curves in TensorBoard's events; none where TensorBoard is not installed.
+
+    Raises InputError for events that do not read, or are more than a page's curves need.
+    """
     if importlib.util.find_spec("tensorboard") is None:
         return Log()
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
-    scalars = {name: events.Scalars(name) for name in events.Tags()[SCALARS]}
-    times = [event.wall_time for values in scalars.values() for event in values]
+    _check_events(folder)
+    try:
+        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+        scalars = {name: events.Scalars(name) for name in events.Tags()[SCALARS][:_MOST_CURVES]}
+    except Exception as error:  # of the records' sums, of protobuf, of the values' types
+        raise InputError(
+            f"TensorBoard's events cannot be read ({type(error).__name__}: {' '.join(str(error).split())})",
+            where=str(folder),
+        ) from None
+    times = [time for values in scalars.values() for event in values if _is_time(time := event.wall_time)]
     return Log(
         # A step that was done again after a resume is there twice; the later one counts.
         curves={
@@ -114,6 +134,27 @@ def read_events(folder: Path) -> Log:
         began=min(times, default=None),
         ended=max(times, default=None),
     )
+
+
+def _check_events(folder: Path) -> None:
+    """Raise InputError for events that would take minutes and gigabytes, and for what is no file."""
+    size = 0
+    for path in folder.glob("*tfevents*"):  # as TensorBoard looks for them
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError("this is not a regular file, and TensorBoard would wait for it", where=str(path))
+        size += status.st_size
+    if size > MAX_EVENT_BYTES:
+        raise InputError(
+            f"TensorBoard's events have {size_text(size)}; a page reads {size_text(MAX_EVENT_BYTES)}",
+            where=str(folder),
+            fix="look at them with tensorboard --logdir",
+        )
+
+
+def _is_time(seconds: float) -> bool:
+    """Whether a moment is one that a calendar has."""
+    return math.isfinite(seconds) and 0 <= seconds < _YEAR_9999
 
 
 def read_mlflow(experiment: Path) -> TrackedRun | None:
@@ -137,11 +178,12 @@ def read_mlflow_curves(experiment: Path) -> Log:
         return Log()
 
     def read(client: Any) -> dict[str, list[Any]]:
-        names = client.get_run(run.run_id).data.metrics
+        names = sorted(client.get_run(run.run_id).data.metrics)[:_MOST_CURVES]
         return {name: client.get_metric_history(run.run_id, name) for name in names}
 
     histories = _ask(run, read)
-    times = [metric.timestamp / 1000 for history in histories.values() for metric in history]
+    moments = [metric.timestamp / 1000 for history in histories.values() for metric in history]
+    times = list(filter(_is_time, moments))
     return Log(
         curves={
             name: {
@@ -199,8 +241,31 @@ def _ask(run: MLflowRun, question: Callable[[Any], _Answer]) -> _Answer:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     try:
         with short_requests(run.tracking_uri, _REQUEST_SECONDS):
-            return question(MlflowClient(run.tracking_uri))
+            return _within(_ANSWER_SECONDS, lambda: question(MlflowClient(run.tracking_uri)))
     except Exception as error:  # every kind of store and network has errors of its own
         raise InputError(
             f"MLflow does not tell of this run ({reason_of(error)})", where=without_password(run.tracking_uri)
         ) from None
+
+
+def _within(seconds: float, ask: Callable[[], _Answer]) -> _Answer:
+    """What `ask` returns or raises. Raises TimeoutError where it takes longer; its thread does not keep the process.
+
+    A server may send one page of metrics after another, and a database may compute without end.
+    """
+    done: queue.SimpleQueue[tuple[_Answer | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((ask(), None))
+        except Exception as error:  # raised where the answer is waited for
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no whole answer within {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return cast("_Answer", answer)

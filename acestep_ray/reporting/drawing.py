@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
+import stat
+import struct
 import warnings
+import zlib
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -18,12 +22,20 @@ _XLINK = "http://www.w3.org/1999/xlink"
 _MAX_SVG_BYTES = 250_000
 _PNG_DPI = 144
 _MAX_PNG_BYTES = 100_000
+# Of strangers' pictures; ours of a clip have a hundredth of each.
+MAX_PICTURE_BYTES = 16 * 2**20
+MAX_PICTURE_PIXELS = 16 * 2**20
 _WEBP_QUALITY = 85
+_MAX_WEBP_SIDE = 16383
 _PICTURE_DPI = 150
 """Of what is an image within an SVG, such as a spectrogram."""
 # Black and white are those of the page: light on dark where the reader's system is dark.
 _PAGE_COLOURS = {"#000000": "currentColor", "#ffffff": "var(--surface)"}
 _REFERENCE = re.compile(r"#([\w-]+)")
+
+
+class PictureError(Exception):
+    """A picture that a page does not show; the message says why."""
 
 
 def draw(figure: Figure, name: str) -> str | bytes:
@@ -42,20 +54,53 @@ def data_uri(media_type: str, content: bytes) -> str:
 
 
 def picture_uri(png: bytes) -> str:
-    """A PNG file as an address; as WebP, which every browser shows, where that is smaller.
+    """A PNG file as an address; as WebP, which every browser shows, where that is smaller. The first of several frames.
 
-    Raises OSError for what is no PNG.
+    Raises PictureError for what is no PNG, is damaged, or would take more memory than a page's picture needs.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-        picture.load()
-        if len(png) > _MAX_PNG_BYTES:
-            file = io.BytesIO()
-            picture.save(file, format="webp", quality=_WEBP_QUALITY)
-            if file.tell() < len(png):
-                return data_uri("image/webp", file.getvalue())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(png), formats=["PNG"])
+        with picture:
+            width, height = picture.size
+            if width * height > MAX_PICTURE_PIXELS or max(width, height) > _MAX_WEBP_SIDE:
+                raise PictureError(f"its {width:,} × {height:,} pixels are more than a page shows")
+            has_frames = getattr(picture, "is_animated", False)
+            picture.load()
+            if has_frames or len(png) > _MAX_PNG_BYTES:
+                file = io.BytesIO()
+                picture.save(file, format="webp", quality=_WEBP_QUALITY)
+                if has_frames or file.tell() < len(png):
+                    return data_uri("image/webp", file.getvalue())
+    except Image.DecompressionBombError:
+        raise PictureError("its pixels are more than a page shows") from None
+    except UnidentifiedImageError:
+        raise PictureError("it is no PNG picture") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        struct.error,
+        zlib.error,
+    ) as error:  # all of them Pillow's
+        raise PictureError(f"it is damaged: {' '.join(str(error).split())}") from None
     return data_uri("image/png", png)
+
+
+def picture_file_uri(path: str | os.PathLike[str]) -> str:
+    """A PNG file on this machine as an address. Raises PictureError, and OSError where it cannot be read."""
+    # A named pipe would block whoever opens it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise PictureError("it is not a regular file")
+        content = file.read(MAX_PICTURE_BYTES + 1)
+    if len(content) > MAX_PICTURE_BYTES:
+        raise PictureError(f"it has more than the {MAX_PICTURE_BYTES >> 20} MB of a picture in a page")
+    return picture_uri(content)
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -79,10 +79,8 @@ def write_quickstart(page: Page, folder: Path, run: Path) -> None:
     """Fill a page with the music and the last run of a quickstart."""
     if (folder / _MUSIC).is_file():
         page.section("The music", "Made at the end, with the LoRA.")
-        try:
+        with page.guarded(_MUSIC):
             add_sample(page, folder / _MUSIC, None)
-        except InputError as error:
-            page.note(str(error))
     page.section("The run", f"{run.name}, the last one in {folder / _EXPERIMENTS}.")
     write_run(page, read_run(run))
 

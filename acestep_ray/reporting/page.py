@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from acestep_ray.errors import InputError
-from acestep_ray.reporting.drawing import data_uri, draw, picture_uri
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.hidden_secrets import without_secrets
+from acestep_ray.reporting.drawing import PictureError, data_uri, draw, picture_file_uri, picture_uri
 from acestep_ray.reporting.sound import MEDIA_TYPE, read_sound
 from acestep_ray.reporting.style import STYLE
 from acestep_ray.terminal.numbers import number_text
@@ -77,6 +78,7 @@ class Page:
 
     def note(self, text: str) -> None:
         """Add what the reader should not miss: a warning, or that something is not there."""
+        text = without_secrets(text)
         self.notes.append(text)
         self._add(f'<p class="note">{_escaped(text)}</p>')
 
@@ -137,8 +139,8 @@ class Page:
     ) -> None:
         """Add sound to play, from any audio file that training reads, with a picture of it, facts and a text.
 
-        Clips that follow each other stand side by side where there is room. Raises InputError for a file
-        that cannot be read.
+        Clips that follow each other stand side by side where there is room. A picture that cannot be read is noted
+        in its place. Raises InputError for sound that cannot be read.
         """
         sound = read_sound(path, self._clip_seconds)
         parts = [f"<h3>{_escaped(title)}</h3>"]
@@ -156,7 +158,11 @@ class Page:
                 whole = "" if sound.whole_seconds is None else f" of {sound.whole_seconds:.0f}"
                 parts.append(f"<p>The first {sound.seconds:.0f}{whole} seconds.</p>")
         if picture is not None:
-            parts.append(self._figure(picture, f"Picture of the sound: {title}", None))
+            try:
+                parts.append(self._figure(picture, f"Picture of the sound: {title}", None))
+            except InputError as error:
+                self.notes.append(str(error))
+                parts.append(f'<p class="note">{_escaped(str(error))}</p>')
         if facts:
             parts.append(_facts(facts))
         if text is not None:
@@ -166,6 +172,22 @@ class Page:
                 f"{_escaped(text)}</pre>"
             )
         self._add_beside("clips", '<article class="clip">' + "\n".join(parts) + "</article>")
+
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Note that `what` is not in the page where a file of somebody else's holds other values than ours do.
+
+        Such a file may have any type and any number in any place.
+        """
+        try:
+            yield
+        except AceStepError as error:
+            self.note(str(error))
+        except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+            self.note(
+                f"Not in this page: {what}. What was found is not what training writes "
+                f"({type(error).__name__}: {error})"
+            )
 
     def render(self) -> str:
         """The page as HTML."""
@@ -248,10 +270,12 @@ def shown(value: Any) -> str:
 
 def _picture(path: str | os.PathLike[str]) -> str:
     try:
-        return picture_uri(Path(path).read_bytes())
-    except OSError as error:  # Pillow's for what is no picture too
-        reason = error.strerror or "it is no picture"
-        raise InputError(f"the picture cannot be read ({reason})", where=os.fspath(path)) from None
+        return picture_file_uri(path)
+    except PictureError as error:
+        reason: object = error
+    except OSError as error:
+        reason = error.strerror or error
+    raise InputError(f"the picture cannot be read ({reason})", where=os.fspath(path))
 
 
 def _escaped(text: str) -> str:

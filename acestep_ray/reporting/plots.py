@@ -30,7 +30,7 @@ def draw_losses(losses: Mapping[str, Curve], title: str = "") -> Figure:
         if name == TRAINING:
             _plot_steps(axes, name, curve)
         else:
-            axes.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=name)
+            axes.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=literal(name))
     axes.set_ylabel("loss")
     axes.legend()
     return figure
@@ -52,7 +52,7 @@ def draw_quarters(title: str, quarters: Mapping[str, Curve]) -> Figure:
     """A loss by the noise that it was measured at."""
     figure, axes = _axes(_SIZE, title)
     for name, curve in quarters.items():
-        axes.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=name)
+        axes.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=literal(name))
     axes.set_ylabel("loss")
     axes.legend()
     return figure
@@ -74,7 +74,7 @@ def draw_trials(trials: Mapping[str, Curve]) -> Figure:
             alpha=1.0 if number == 0 else 0.75,
             marker="o",
             markersize=3,
-            label=f"{name}, the best" if number == 0 else None,
+            label=f"{literal(name)}, the best" if number == 0 else None,
         )
     axes.set_ylabel("validation loss")
     axes.legend()
@@ -97,7 +97,7 @@ def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    axes.set(title=title, xlabel="step")
+    axes.set(title=literal(title), xlabel="step")
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     return figure, axes
@@ -108,13 +108,13 @@ def _plot_steps(axes: Axes, name: str, curve: Curve) -> None:
     steps, values = np.array(list(curve)), np.array(list(curve.values()), dtype=np.float64)
     width = max(1, len(values) // _SMOOTHED_POINTS)
     if width == 1:
-        axes.plot(steps, values, label=name)
+        axes.plot(steps, values, label=literal(name))
         return
     sums = np.cumsum([0.0, *np.nan_to_num(values)])
     counts = np.cumsum([0, *np.isfinite(values)])
     means = (sums[width:] - sums[:-width]) / np.maximum(counts[width:] - counts[:-width], 1)
     size = -(-len(values) // _DRAWN_POINTS)
-    label = f"{name}, mean of {width} steps"
+    label = f"{literal(name)}, mean of {width} steps"
     (line,) = axes.plot(steps[width - 1 :: size], means[::size], label=label)
     if size == 1:
         axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)

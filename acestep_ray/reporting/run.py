@@ -161,7 +161,7 @@ def is_under_way(experiment: Store) -> bool:
 def step_of(path: Path) -> int:
     """The step of a file in `step=N/`; −1 for another."""
     number = path.parent.name.removeprefix("step=")
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isdecimal() else -1
 
 
 def _mapping(path: Path, parse: Callable[[str], Any], missing: list[str]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _mapping(path: Path, parse: Callable[[str], Any], missing: list[str]) -> dic
 def _or_missing(read: Callable[[], Any], default: Any, missing: list[str]) -> Any:
     try:
         return read()
-    except (AceStepError, OSError) as error:
+    except (AceStepError, OSError, TypeError, ValueError) as error:  # a path may be a number, or hold a NUL
         missing.append(str(error))
         return default
 
@@ -212,9 +212,22 @@ def _read_checkpoints(store: Store) -> list[CheckpointFacts]:
         try:
             state = checkpoints.read_state(step)
             size = sum(file["bytes"] for file in state["files"].values())
-            found.append(CheckpointFacts(step, size, state["losses"], None))
+            found.append(CheckpointFacts(step, int(size), _losses(state["losses"]), None))
         except FileNotFoundError:
             continue  # training has just deleted it
-        except (DamagedCheckpointError, AceStepError) as error:
+        except (AceStepError, DamagedCheckpointError) as error:
             found.append(CheckpointFacts(step, None, {}, str(error)))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            told = f"state.json is not what training writes ({type(error).__name__}: {error})"
+            found.append(CheckpointFacts(step, None, {}, told))
     return found
+
+
+def _losses(noted: Any) -> dict[str, Any]:
+    """The losses in a checkpoint's state, their steps and values numbers. Raises TypeError and ValueError."""
+    for name in (FIXED_NOISE, VALIDATION):
+        for step, value in (noted.get(name) or {}).items():
+            int(step), value + 0.0
+    for step, values in noted.get("measured", {}).items():
+        int(step), dict(values)
+    return dict(noted)

@@ -27,23 +27,33 @@ from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
 
 def write_run(page: Page, run: Run) -> None:
     """Fill a page with all there is of a run."""
-    page.facts(_overview(run))
-    warnings = find_warnings(run)
-    if warnings:
-        page.section("Warnings")
-        for warning in warnings:
-            page.note(warning)
-    add_curves(page, run)
-    add_quarters(page, run)
+    with page.guarded("the overview"):
+        page.facts(_overview(run))
+    with page.guarded("the warnings"):
+        warnings = find_warnings(run)
+        if warnings:
+            page.section("Warnings")
+            for warning in warnings:
+                page.note(warning)
+    with page.guarded("the curves"):
+        add_curves(page, run)
+    with page.guarded("the validation"):
+        add_quarters(page, run)
     page.section("Samples")
-    add_samples(page, run)
-    add_songs(page, noted_place(run.settings.get("dataset_path"), run.experiment), run.experiment)
-    add_speed(page, run)
-    if run.lora or run.settings.get("lora_config_path", "not known") is not None:
-        step = next((one.step for one in reversed(run.checkpoints) if one.problem is None), None)
-        add_lora(page, run.place if step is None else run.store.child(f"step={step}").url, run.lora)
-    add_checkpoints(page, run)
-    add_settings(page, run.settings)
+    with page.guarded("the samples"):
+        add_samples(page, run)
+    with page.guarded("the songs"):
+        add_songs(page, noted_place(run.settings.get("dataset_path"), run.experiment), run.experiment)
+    with page.guarded("the speed"):
+        add_speed(page, run)
+    with page.guarded("the LoRA"):
+        if run.lora or run.settings.get("lora_config_path", "not known") is not None:
+            step = next((one.step for one in reversed(run.checkpoints) if one.problem is None), None)
+            add_lora(page, run.place if step is None else run.store.child(f"step={step}").url, run.lora)
+    with page.guarded("the checkpoints"):
+        add_checkpoints(page, run)
+    with page.guarded("the settings"):
+        add_settings(page, run.settings)
 
 
 def state_of(run: Run) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.plain_files import JSON, read_limited
 from acestep_ray.plain_json import load_json
-from acestep_ray.reporting.page import Page
+from acestep_ray.reporting.page import Page, shown
 from acestep_ray.reporting.run import Run, step_of
 from acestep_ray.training.experiment import noted_place
 
 CLIPS = 12
 """At most so many are in a page: the last, the first, and others evenly between."""
+_SHOWN_CHARACTERS = 20_000
 _LANGUAGE = re.compile(r"\[[a-z]{2}(?:-[a-z]{2})?\]")
 _SHOWN = ("prompt", "seed", "seconds", "steps", "guidance_scale", "omega", "shift")
 
@@ -30,10 +31,8 @@ def add_samples(page: Page, run: Run) -> None:
         page.text(f"{len(chosen)} of {len(run.samples)} samples; all are in {run.place}/samples.")
     vocabulary = find_vocabulary(noted_place(run.settings.get("checkpoint_dir"), run.experiment))
     for path in reversed(chosen):
-        try:
+        with page.guarded(str(path)):
             add_sample(page, path, vocabulary)
-        except InputError as error:
-            page.note(str(error))
 
 
 def add_sample(page: Page, path: Path, vocabulary: Path | None) -> None:
@@ -55,10 +54,19 @@ def add_sample(page: Page, path: Path, vocabulary: Path | None) -> None:
     page.clip(
         path,
         f"Step {step}: {made_from.get('key', path.stem)}" if step >= 0 else path.name,
-        picture=picture if picture.is_file() else None,
-        text=lyrics_text(made_from["lyrics"], vocabulary) if "lyrics" in made_from else None,
-        facts={name.replace("_", " "): made_from[name] for name in _SHOWN if name in made_from},
+        picture=picture if picture.exists() else None,
+        text=_brief(lyrics_text(made_from["lyrics"], vocabulary)) if "lyrics" in made_from else None,
+        facts={
+            name.replace("_", " "): value if isinstance(value, (int, float)) else _brief(shown(value))
+            for name in _SHOWN
+            if (value := made_from.get(name)) is not None
+        },
     )
+
+
+def _brief(text: str) -> str:
+    """The text as far as anybody sings it."""
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def find_vocabulary(checkpoint_dir: str | None) -> Path | None:

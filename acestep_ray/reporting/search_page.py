@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,6 +25,9 @@ from acestep_ray.storage import Store
 from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.experiment import SETTINGS_FILE, noted_place
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
+
+if TYPE_CHECKING:
+    from acestep_ray.tuning.records import TrialRecord
 
 _TRIALS = "trials"
 
@@ -44,7 +48,6 @@ def write_search(page: Page, folder: Path, place: str | None = None) -> None:
 
     place = place or str(folder)
     records = Records(folder)
-    rows = trial_rows(records)
     states = Counter(record.state for record in records)
     page.facts(
         {
@@ -60,30 +63,44 @@ def write_search(page: Page, folder: Path, place: str | None = None) -> None:
         for record in failed:
             page.note(f"{record.name}: {record.error}")
     noted = _read(folder / SEARCH_FILE, page)
-    if noted.get("space"):
-        page.section("What is searched")
-        page.facts(noted["space"])
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as pictures:
-        add_trials(page, rows, draw_pictures(Path(pictures), records))
+    with page.guarded("what is searched"):
+        if noted.get("space"):
+            page.section("What is searched")
+            page.facts(noted["space"])
+    with (
+        page.guarded("the trials"),
+        tempfile.TemporaryDirectory(prefix="acestep-ray-") as pictures,
+    ):
+        add_trials(page, trial_rows(records), draw_pictures(Path(pictures), records))
     ranked = records.ranked()
-    if ranked:
-        page.section("Validation losses")
-        curves = {
-            record.name: {int(one["step"]): one["validation"] for one in record.validations}
-            for record in ranked
-        }
-        page.figure(
-            draw_trials(curves),
-            f"Validation loss by step of {len(ranked)} trials; the best, {ranked[0].name}, comes to "
-            f"{number_text(min(filter(math.isfinite, curves[ranked[0].name].values())), 4)}",
-        )
+    with page.guarded("the validation losses"):
+        _add_validations(page, ranked)
     settings = _read(folder / BEST / SETTINGS_FILE, page)
-    if ranked:
-        _add_best_curves(page, folder, ranked[0].name, settings)
-    if (folder / BEST).is_dir():
-        add_lora(page, str(folder / BEST), _read(folder / BEST / "lora_config.json", page))
-    add_songs(page, noted_place(settings.get("dataset_path"), folder), folder)
-    add_settings(page, settings)
+    with page.guarded("the losses of the best trial"):
+        if ranked:
+            _add_best_curves(page, folder, ranked[0].name, settings)
+    with page.guarded("the LoRA"):
+        if (folder / BEST).is_dir():
+            add_lora(page, str(folder / BEST), _read(folder / BEST / "lora_config.json", page))
+    with page.guarded("the songs"):
+        add_songs(page, noted_place(settings.get("dataset_path"), folder), folder)
+    with page.guarded("the settings"):
+        add_settings(page, settings)
+
+
+def _add_validations(page: Page, ranked: Sequence[TrialRecord]) -> None:
+    """Validation losses of the trials, by step."""
+    if not ranked:
+        return
+    page.section("Validation losses")
+    curves = {
+        record.name: {int(one["step"]): one["validation"] for one in record.validations} for record in ranked
+    }
+    page.figure(
+        draw_trials(curves),
+        f"Validation loss by step of {len(ranked)} trials; the best, {ranked[0].name}, comes to "
+        f"{number_text(min(filter(math.isfinite, curves[ranked[0].name].values())), 4)}",
+    )
 
 
 def _add_best_curves(page: Page, folder: Path, trial: str, settings: dict[str, Any]) -> None:

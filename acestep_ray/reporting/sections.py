@@ -11,7 +11,8 @@ from statistics import fmean, median
 from typing import Any
 
 from acestep_ray.config import TrainConfig
-from acestep_ray.errors import AceStepError, without_password
+from acestep_ray.errors import AceStepError
+from acestep_ray.hidden_secrets import without_secrets
 from acestep_ray.reporting.curves import Curve
 from acestep_ray.reporting.page import Page
 from acestep_ray.reporting.plots import draw_losses, draw_norms, draw_quarters, draw_steps
@@ -25,6 +26,8 @@ from acestep_ray.units import size_text
 ROWS = 20
 """Of a table with a row for each validation or checkpoint."""
 REJECT_ROWS = 100
+_LINES = 20
+"""At most so many curves are in a figure."""
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 _QUARTERS = {"q1": "most noise (q1)", "q2": "q2", "q3": "q3", "q4": "least noise (q4)"}
 _MEASURES = {FIXED_NOISE: "Songs that are trained on", VALIDATION: "Held-out songs"}
@@ -53,6 +56,7 @@ def add_curves(page: Page, run: Run) -> None:
         for name, curve in run.log.curves.items()
         if name.startswith("loss/") and name.split("/")[1] not in _MEASURES
     }
+    parts = dict(list(parts.items())[:_LINES])
     waits = {"": {step: 100 * share for step, share in run.log["throughput/data_wait"].items()}}
     small: list[tuple[str, Mapping[str, Curve], bool]] = [
         ("Parts of the loss", parts, False),
@@ -121,7 +125,7 @@ def add_songs(page: Page, dataset_path: str | None, experiment: Path) -> None:
         page.table(["length", "songs"], lengths, caption="Songs by length")
     if counts.rejects:
         columns = ["key", "filename", "stage", "reason", "message"]
-        rows = [[reject[column] for column in columns] for reject in counts.rejects[:REJECT_ROWS]]
+        rows = [[_setting(reject[column]) for column in columns] for reject in counts.rejects[:REJECT_ROWS]]
         of = (
             f", the first {REJECT_ROWS} of {len(counts.rejects):,}"
             if len(counts.rejects) > REJECT_ROWS
@@ -237,7 +241,7 @@ def add_settings(page: Page, settings: Mapping[str, Any]) -> None:
 
 
 def _setting(value: Any) -> Any:
-    return without_password(value) if isinstance(value, str) else value
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _ends(curve: Mapping[int, float]) -> str:

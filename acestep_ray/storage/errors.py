@@ -7,7 +7,8 @@ import os
 import re
 from typing import Any
 
-from acestep_ray.errors import AceStepError, InputError, without_password
+from acestep_ray.errors import AceStepError, InputError
+from acestep_ray.hidden_secrets import without_secrets
 
 S3 = ("s3", "s3a")
 
@@ -36,9 +37,6 @@ _NO_CONDITIONS = {"NotImplemented", "501"}
 # Of the mistakes of a request (4xx), those that are the moment's and not the request's; and what aiohttp calls 400
 # though it is an answer that was cut.
 _PASSING = {"408", "425", "429", "RequestTimeout", "409", "OperationAborted", "ClientPayloadError"}
-
-# Of signed URLs, which a client's error may hold.
-_SIGNATURE = re.compile(r"(?i)((?:X-Amz|X-Goog)-(?:Signature|Credential|Security-Token)=)[^&\s\"']+")
 
 
 class StorageError(AceStepError):
@@ -98,11 +96,6 @@ def knows_no_conditions(error: Exception) -> bool:
 def not_found(url: str) -> FileNotFoundError:
     """The error of a file that is not there, with its URL."""
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
-
-
-def without_secrets(text: str) -> str:
-    """Without passwords and signatures of URLs."""
-    return _SIGNATURE.sub(r"\1…", without_password(text))
 
 
 def _codes(error: BaseException) -> set[str]:

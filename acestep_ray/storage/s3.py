@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from fsspec.asyn import sync
 
 from acestep_ray.errors import AceStepError
+from acestep_ray.hidden_secrets import without_secrets
 from acestep_ray.storage.clients import tried
-from acestep_ray.storage.errors import StorageError, is_failed_condition, knows_no_conditions, without_secrets
+from acestep_ray.storage.errors import StorageError, is_failed_condition, knows_no_conditions
 from acestep_ray.storage.files import FileStatus
 
 Made = TypeVar("Made")

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from acestep_ray.errors import InputError
+from acestep_ray.hidden_secrets import holds_secret, without_secrets
 from acestep_ray.paths import expand_home, path_of_file_uri
 from acestep_ray.plain_files import Limit, open_regular, read_limited
 from acestep_ray.storage.clients import filesystem_of, read_hub, tried
-from acestep_ray.storage.errors import S3, StorageError, is_past_the_end, not_found, without_secrets
+from acestep_ray.storage.errors import S3, StorageError, is_past_the_end, not_found
 from acestep_ray.storage.files import (
     FileStatus,
     ObjectReader,
@@ -102,7 +103,8 @@ class Store:
             return cls(os.path.abspath(path_of_file_uri(text)))
         if not rest.strip("/"):
             raise InputError("the URL names no bucket", where=text, fix=f"give {protocol}://BUCKET/FOLDER")
-        if "@" in rest.partition("/")[0] and protocol in (*S3, "gs", "gcs", "http", "https"):
+        is_of_storage = protocol in (*S3, "gs", "gcs", "http", "https")
+        if holds_secret(text) or (is_of_storage and "@" in rest.partition("/")[0]):
             raise InputError(
                 "credentials do not belong into a URL, which is shown and written down",
                 where=without_secrets(text),

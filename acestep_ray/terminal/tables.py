@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
+from acestep_ray.hidden_secrets import fit_to_print
 from acestep_ray.terminal.console import is_terminal, rich_console
 from acestep_ray.terminal.escapes import visible, visible_line, visible_message
 
@@ -66,11 +67,11 @@ def show_summary(text: str, stream: TextIO | None = None) -> None:
 
 
 def show_error(kind: str, message: str, stream: TextIO | None = None) -> None:
-    """Print `kind: message`, the kind in red on a terminal."""
+    """Print `kind: message` without secrets, the kind in red on a terminal."""
     from rich.text import Text
 
     rich_console(stream if stream is not None else sys.stderr).print(
-        Text.assemble((f"{kind}:", "bold red"), f" {visible_message(message)}")
+        Text.assemble((f"{kind}:", "bold red"), f" {visible_message(fit_to_print(message))}")
     )
 
 

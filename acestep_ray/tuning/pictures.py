@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from acestep_ray.drawn_text import literal
 from acestep_ray.terminal.numbers import number_text
 from acestep_ray.tuning.records import TrialRecord
 from acestep_ray.tuning.space import DIMENSIONS
@@ -39,9 +40,9 @@ def draw_parallel_coordinates(trials: Sequence[TrialRecord], path: Path) -> None
     for place, axis in enumerate(axes):
         plot.axvline(place, color="0.6", linewidth=0.8, zorder=0)
         for height, label in axis.labels():
-            text = label.replace("+", "\n+ ")
+            text = literal(label).replace("+", "\n+ ")
             plot.text(place + 0.02, height, text, fontsize=7, va="center", bbox=_LABEL_BACKGROUND)
-    plot.set_xticks(range(len(axes)), [axis.name for axis in axes])
+    plot.set_xticks(range(len(axes)), [literal(axis.name) for axis in axes])
     plot.set_yticks([])
     plot.set_xlim(-0.1, len(axes) - 0.4)
     plot.set_ylim(-0.12, 1.12)

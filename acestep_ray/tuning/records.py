@@ -79,7 +79,8 @@ class Records:
         for name in self.folder.names(TRIALS, suffix=RECORD_FILE):
             try:
                 record = TrialRecord(**load_json(self.folder.read_bytes(name, NOTES)))
-            except (OSError, ValueError, TypeError) as error:
+                _check(record)
+            except (OSError, ValueError, TypeError, LookupError) as error:
                 raise InputError(
                     f"this trial's record does not read ({error})",
                     where=self.folder.url_of(name),
@@ -184,6 +185,23 @@ class Records:
         now = time.monotonic()
         record.seconds += now - self._started.get(record.name, now)
         self._started[record.name] = now
+
+
+def _check(record: TrialRecord) -> None:
+    """Raise TypeError and ValueError for fields of other types than ours."""
+    is_number = {name: isinstance(getattr(record, name), (int, float)) for name in ("failures", "seconds")}
+    wrong = [name for name in ("name", "state") if not isinstance(getattr(record, name), str)]
+    wrong += [name for name in ("error", "mlflow_run") if not isinstance(getattr(record, name), str | None)]
+    wrong += [name for name, is_one in is_number.items() if not is_one]
+    if not isinstance(record.params, dict):
+        wrong.append("params")
+    for one in record.validations:
+        if not isinstance(one["step"], int) or not all(
+            isinstance(one[loss], (int, float)) for loss in ("validation", "train")
+        ):
+            wrong.append("validations")
+    if wrong:
+        raise ValueError(f"of another type than it was written: {', '.join(dict.fromkeys(wrong))}")
 
 
 def check_same_search(folder: Store, identity: Mapping[str, Any]) -> None:

@@ -36,8 +36,8 @@ HEAD = "head"
 # In the environment of every process of a node: also of those that have lost their parents.
 _MARK = "ACESTEP_LOCAL_NODE"
 _LOCALHOST = "127.0.0.1"
-# `ray start` replaces 127.0.0.1 by an address that other machines reach, and Ray's processes listen on one address only
-# if that is 127.0.0.1. Variable and constant are Ray's own, for macOS and Windows.
+# `ray start` replaces 127.0.0.1 by an address that other machines reach. Only with 127.0.0.1 do Ray's processes not
+# listen on all addresses. Variable and constant are Ray's own, for macOS and Windows.
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _START = """
 from ray._private import ray_constants, services

@@ -66,7 +66,7 @@ def test_the_page_of_a_run_tells_all_there_is_of_it(tmp_path, write_run, browser
     assert "3 tokens of lyrics" in page
     assert "broken &lt;song&gt;" in page
     assert '<tr class="marked"><td class="right">40</td>' in page
-    assert "4158" in page
+    assert "4,158" in page
     assert "<td>learning_rate</td><td>0.0003</td>" in page
     assert page.count("<svg") >= 7
     for width in (WIDE, NARROW):

@@ -7,17 +7,22 @@ doctor tests/doctor/test_artefacts.py and test_cluster.py.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from acestep_ray import ray_runtime
+from acestep_ray import cli, ray_runtime
 from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.doctor.cluster import judge_token
 from acestep_ray.errors import InputError
+from acestep_ray.hidden_secrets import without_secrets
 from acestep_ray.reporting.curves import read_mlflow
+from acestep_ray.reporting.page import Page
+from acestep_ray.reporting.sections import add_settings
 from acestep_ray.storage import Store
 from acestep_ray.tracking import environment_tags, mlflow_uri
 from acestep_ray.training.experiment import FINGERPRINTS, note_identity, run_identity
@@ -149,6 +154,72 @@ def test_a_place_with_a_key_is_refused_before_it_is_written_down(place):
         Store.at(place)
     assert "canary" not in str(refused.value)
     assert "AKIA1" not in str(refused.value)
+
+
+SIGNED = [
+    "https://b.s3.amazonaws.com/a/s.wav?X-Amz-Algorithm=A&X-Amz-Credential=canary&X-Amz-Signature=canary&X-Amz-Date=2",
+    "https://b.s3.amazonaws.com/a/s.wav?AWSAccessKeyId=canary&Signature=canary&Expires=1",
+    "https://storage.googleapis.com/b/s.wav?X-Goog-Credential=canary&X-Goog-Signature=canary",
+    "https://storage.googleapis.com/b/s.wav?GoogleAccessId=canary&Signature=canary",
+    "https://a.blob.core.windows.net/c/s.wav?sv=2022&se=2026&sr=b&sig=canary",
+    "https://d.cloudfront.net/s.wav?Policy=canary&Signature=canary&Key-Pair-Id=canary",
+    "https://host.example/s.wav?token=canary",
+    "https://host.example/s.wav?a=1&access_token=canary",
+    "https://host.example/s.wav?api_key=canary",
+    "https://me:canary@host.example/s.wav",
+]
+
+
+@pytest.mark.parametrize("url", SIGNED)
+def test_a_signed_url_is_no_place_and_is_not_repeated(url):
+    with pytest.raises(InputError, match="credentials do not belong") as refused:
+        Store.at(url)
+    assert "canary" not in str(refused.value)
+    assert "canary" not in without_secrets(f"403 for {url}: denied")
+    page = Page("page")
+    page.note(f"cannot be read: {url}")
+    add_settings(page, {"dataset_path": url})
+    assert "canary" not in page.render()
+    assert page.notes
+    assert "canary" not in page.notes[0]
+
+
+@pytest.mark.parametrize("error", [ConnectionError, InputError, RuntimeError, ValueError])
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_no_error_and_no_traceback_of_a_command_repeats_one(error, debug, secrets, monkeypatch, capfd):
+    """Whatever a client of storage, the Hub, MLflow or Ray puts into its messages."""
+    monkeypatch.setenv("HF_TOKEN", "hf_canary_1_of_the_environment")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary_3_of_the_environment")
+    told = [*SIGNED, "Authorization: Bearer canarycanary", "{'authorization': 'Basic canarycanary'}"]
+    told += [
+        value
+        for name, value in os.environ.items()
+        if name in SECRETS and "USERNAME" not in name and len(value) >= 8
+    ]
+    told += [f"hf_{'canary' * 5}", "AKIA" + "CANARY" * 2 + "ABCD"]
+
+    def fail(*_, **__):
+        try:
+            raise OSError(" ".join(told))
+        except OSError as cause:
+            raise error(" ".join(told)) from cause
+
+    monkeypatch.setattr("acestep_ray.reporting.job.report", fail)
+    assert cli.main(["report", "somewhere", *debug]) in (1, 2)
+    said = capfd.readouterr()
+    left = re.findall(r"\S*canary\S*", (said.out + said.err).lower())
+    assert [each for each in left if "/canary_9.json" not in each] == []
+    assert bool(debug) == ("Traceback" in said.err)
+
+
+def test_texts_without_secrets_are_kept():
+    for text in (
+        "a basic author, tokenizer=x",
+        "https://host/a?page=2&sort=name",
+        "hf_short",
+        "token of the page",
+    ):
+        assert without_secrets(text) == text
 
 
 @pytest.mark.parametrize("name", ["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD"])
