@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from acestep_ray.export.source import checkpoint_folder
 from acestep_ray.paths import expand_home
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import EVENTS
-from acestep_ray.storage import Store, StoredFile, is_url
+from acestep_ray.storage import Store, StoredFile, is_url, scratch_folder
 from acestep_ray.storage.folders import download_files, told_of
 from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 from acestep_ray.training.state import STATE_FILE
@@ -36,8 +35,7 @@ def fetched_lora(place: str | os.PathLike[str], checkpoint: str = "last") -> Ite
         yield Path(expand_home(os.fspath(place)))
         return
     store = Store.at(place)
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as temporary:
-        root = Path(temporary)
+    with scratch_folder() as root:
         folder, path = _fetch(store, root, checkpoint)
         with told_of(folder, root / folder.name):
             yield path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.plain_json import load_json
-from acestep_ray.storage import Store, is_url
+from acestep_ray.storage import Store, is_url, scratch_folder
 from acestep_ray.storage.folders import download_files
 from acestep_ray.tracking.local_database import SQLITE, database_of
 from acestep_ray.tracking.mlflow_errors import reason_of
@@ -89,9 +88,9 @@ def read_log(experiment: Path, logger_dir: str | None, trial: str = "") -> Log:
         names = [name for name in names if "/" not in name]
     if not names:
         return Log()
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as copy:
-        download_files(logs, names, Path(copy))
-        return read_events(Path(copy, trial))
+    with scratch_folder() as copy:
+        download_files(logs, names, copy)
+        return read_events(copy / trial)
 
 
 def read_events(folder: Path) -> Log:

@@ -16,7 +16,15 @@ from filelock import FileLock, Timeout
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.plain_json import load_json
-from acestep_ray.storage import HeldError, Lease, StorageError, Store, is_url
+from acestep_ray.storage import (
+    DiskFullError,
+    HeldError,
+    Lease,
+    StorageError,
+    Store,
+    full_disk_explained,
+    is_url,
+)
 from acestep_ray.tracking.local_database import same_run
 
 IDENTITY_FILE = "run.json"
@@ -156,9 +164,12 @@ def make_folder(folder: Folder, flag: str) -> None:
     path = store.path
     probe = path / ".writable"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with full_disk_explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        probe.unlink(missing_ok=True)  # another process may have looked at the same time
+    except DiskFullError:
+        raise
     except OSError as error:
         raise InputError(
             f"cannot write here ({error.strerror or error})",
