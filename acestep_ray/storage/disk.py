@@ -26,22 +26,21 @@ _TEXTS = {
 class DiskFullError(AceStepError, OSError):
     """The disk, the quota or the limit for a file's size takes no more. Nothing half-written was put in place."""
 
-    def __init__(self, number: int, place: str, needed: int | None = None):
-        self.place, self.needed = place, needed
+    def __init__(self, number: int, place: str, free: int | None = None):
+        """`free` is what is free on the disk, by default what is now."""
+        self.place = place
+        self.free = free_bytes(place) if free is None and place else free
         OSError.__init__(self, number, os.strerror(number), place)
 
     def __str__(self) -> str:
-        facts = [] if self.needed is None else [f"{size_text(self.needed)} are needed"]
-        if self.place and self.errno != errno.EFBIG and (free := free_bytes(self.place)) is not None:
-            facts.append(f"{size_text(free)} are free")
-        told = f" ({', '.join(facts)})" if facts else ""
+        free = "" if self.free is None or self.errno == errno.EFBIG else f" ({size_text(self.free)} are free)"
         return (
-            f"no room on the disk ({self.strerror}){self.place and f': {self.place}'}{told}\n"
+            f"no room on the disk ({self.strerror}){self.place and f': {self.place}'}{free}\n"
             "  → make room there and run the same command again"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DiskFullError, (self.errno, self.place, self.needed)
+        return DiskFullError, (self.errno, self.place, self.free)
 
 
 def free_bytes(place: str | os.PathLike[str]) -> int | None:
@@ -72,7 +71,7 @@ def full_disk_of(error: BaseException) -> int | None:
 
 
 @contextlib.contextmanager
-def full_disk_explained(place: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
+def full_disk_explained(place: str | os.PathLike[str]) -> Iterator[None]:
     """Raise DiskFullError that names `place` for an error of the block that a full disk has caused."""
     try:
         yield
@@ -82,7 +81,7 @@ def full_disk_explained(place: str | os.PathLike[str], needed: int | None = None
         number = full_disk_of(error)
         if number is None:
             raise
-        raise DiskFullError(number, os.fspath(place), needed) from error
+        raise DiskFullError(number, os.fspath(place)) from error
 
 
 def check_room(place: str | os.PathLike[str], needed: int, where: str) -> None:

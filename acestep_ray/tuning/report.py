@@ -28,7 +28,7 @@ from acestep_ray.tuning.pictures import (
     draw_parallel_coordinates,
     draw_rank_by_learning_rate,
 )
-from acestep_ray.tuning.records import FAILED, Records, TrialRecord
+from acestep_ray.tuning.records import FAILED, UNFINISHED, Records, TrialRecord
 
 TABLE_FILE = "trials.parquet"
 REPORT = "report"
@@ -51,6 +51,17 @@ class TuneSummary:
     tracking_uri: str | None
     wall_seconds: float
     retrained: TrainSummary | None
+
+    @property
+    def unfinished(self) -> str | None:
+        """What is left to do, for which the command's exit code is 1; None where all trials are over."""
+        left = [trial for trial in self.trials if trial["state"] == UNFINISHED]
+        if not left:
+            return None
+        return (
+            f"{len(left)} of {len(self.trials)} trials are not finished: {left[0]['error']}\n"
+            "  → the same command continues them"
+        )
 
     def render(self) -> str:
         """The summary as text."""
