@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.plain_json import load_json
@@ -25,6 +23,8 @@ from acestep_ray.storage import (
     full_disk_explained,
     is_url,
 )
+from acestep_ray.storage.files import LOCK
+from acestep_ray.storage.locks import LockFile
 from acestep_ray.tracking.local_database import same_run
 
 IDENTITY_FILE = "run.json"
@@ -35,7 +35,6 @@ CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 """Folders of a run's checkpoints, and of the music that it made on the way."""
 FINGERPRINTS = {"dataset": "songs of --dataset_path", "transformer": "transformer of --checkpoint_dir"}
 """What a run's identity calls them."""
-_LOCK_FILE = ".lock"
 
 # A change of any makes another run of what goes on from the last checkpoint. `max_steps` and `epochs` are not among
 # them: a run is made longer with them.
@@ -201,11 +200,9 @@ def only_run(experiment: Folder) -> Iterator[None]:
         with _leased(experiment):
             yield
         return
-    lock = FileLock(experiment.path / _LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise _under_way(experiment) from None
+    lock = LockFile(experiment.path / LOCK)
+    if not lock.acquire():
+        raise _under_way(experiment, f" ({lock.holder()})")
     try:
         yield
     finally:
@@ -214,7 +211,7 @@ def only_run(experiment: Folder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leased(experiment: Store) -> Iterator[None]:
-    lease = Lease(experiment, _LOCK_FILE, lost=_end_this_run)
+    lease = Lease(experiment, LOCK, lost=_end_this_run)
     try:
         lease.acquire()
     except HeldError as error:

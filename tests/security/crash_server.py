@@ -75,7 +75,6 @@ def _be_the_command(arguments: list[str], moments: Moments, file_bytes: int | No
 def main() -> None:
     """Answer requests until the input ends."""
     import datasets  # noqa: F401
-    import matplotlib.figure
     import torch
 
     import acestep_ray.cache.prune
