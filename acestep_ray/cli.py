@@ -76,12 +76,12 @@ def main(arguments: Sequence[str]) -> int:
         # The last resort: a fault of ours or of the machine, told in a line; the traceback is for who asks.
         if switches.debug:
             traceback.print_exc()
-        from acestep_ray.storage.disk import DiskFullError, full_disk_of
+        from acestep_ray.storage.disk import disk_is_full, full_disk_of
 
         number = full_disk_of(error)
         if number is not None:
             place = getattr(error, "filename", None) or ""
-            show_error("error", str(DiskFullError(number, os.fsdecode(place))))
+            show_error("error", str(disk_is_full(number, os.fsdecode(place))))
             return EXIT_FAULT
         advice = "run again with --debug for the traceback, with -v for what Ray and its workers say"
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name

@@ -26,21 +26,28 @@ _TEXTS = {
 class DiskFullError(AceStepError, OSError):
     """The disk, the quota or the limit for a file's size takes no more. Nothing half-written was put in place."""
 
-    def __init__(self, number: int, place: str, free: int | None = None):
-        """`free` is what is free on the disk, by default what is now."""
-        self.place = place
-        self.free = free_bytes(place) if free is None and place else free
+    def __init__(self, message: str, number: int, place: str):
         OSError.__init__(self, number, os.strerror(number), place)
+        self.message = message
 
     def __str__(self) -> str:
-        free = "" if self.free is None or self.errno == errno.EFBIG else f" ({size_text(self.free)} are free)"
-        return (
-            f"no room on the disk ({self.strerror}){self.place and f': {self.place}'}{free}\n"
-            "  → make room there and run the same command again"
-        )
+        return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DiskFullError, (self.errno, self.place, self.free)
+        return DiskFullError, (self.message, self.errno, self.filename)
+
+
+def disk_is_full(number: int, place: str) -> DiskFullError:
+    """The error for the system's `number`, at a path; at the empty one, where that is not known."""
+    free = free_bytes(place) if place and number != errno.EFBIG else None
+    where = f": {place}" if place else ""
+    facts = "" if free is None else f" ({size_text(free)} are free)"
+    return DiskFullError(
+        f"no room on the disk ({os.strerror(number)}){where}{facts}\n"
+        "  → make room there and run the same command again",
+        number,
+        place,
+    )
 
 
 def free_bytes(place: str | os.PathLike[str]) -> int | None:
@@ -81,7 +88,7 @@ def full_disk_explained(place: str | os.PathLike[str]) -> Iterator[None]:
         number = full_disk_of(error)
         if number is None:
             raise
-        raise DiskFullError(number, os.fspath(place)) from error
+        raise disk_is_full(number, os.fspath(place)) from error
 
 
 def check_room(place: str | os.PathLike[str], needed: int, where: str) -> None:

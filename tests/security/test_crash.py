@@ -165,6 +165,26 @@ def test_a_cache_whose_prune_was_killed_reads_as_before(commands, pruned):
     assert hidden(pruned / "samples") == []
 
 
+def test_a_killed_or_full_tiny_checkpoint_leaves_nothing_and_of_two_one_is_refused(commands, tmp_path):
+    """As `evaluate`, `export lora`, `mix` and `extract`, which write their folders likewise."""
+    place = tmp_path / "tiny"
+    arguments = ["checkpoint", "tiny", str(place)]
+    assert commands(*arguments, at=12).code == -signal.SIGKILL
+    assert not place.exists()
+    check_full(commands(*arguments, file_bytes=5_000), place)
+    assert hidden(tmp_path) == []
+    with standing_still(commands, *arguments, at=12):
+        check_refused(commands(*arguments), place)
+    assert commands(*arguments).code == 0
+    CheckpointDir.open(place)
+    assert hidden(tmp_path) == []
+
+
+def test_a_second_quickstart_into_one_folder_is_refused(commands, tmp_path):
+    with only_writer(Store.at(tmp_path), "a test"):
+        check_refused(commands("quickstart", "--output_dir", tmp_path), tmp_path)
+
+
 # --- a full disk -------------------------------------------------------------------------------------------
 
 
