@@ -77,6 +77,13 @@ def main(arguments: Sequence[str]) -> int:
         # The last resort: a fault of ours or of the machine, told in a line; the traceback is for who asks.
         if switches.debug:
             show_traceback()
+        from acestep_ray.storage.disk import disk_is_full, full_disk_of
+
+        number = full_disk_of(error)
+        if number is not None:
+            place = getattr(error, "filename", None) or ""
+            show_error("error", str(disk_is_full(number, os.fsdecode(place))))
+            return EXIT_FAULT
         advice = "run again with --debug for the traceback, with -v for what Ray and its workers say"
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
             advice = "look with nvidia-smi for other programs on the GPU, or give --device cpu"

@@ -22,6 +22,8 @@ from acestep_ray.device import resolve_device
 from acestep_ray.errors import InputError
 from acestep_ray.generation.job import GenerateSummary, MadeSong, generate
 from acestep_ray.paths import shell_command
+from acestep_ray.storage import Store, only_writer, output_folder
+from acestep_ray.storage.files import written_whole
 from acestep_ray.terminal import fact_table, show_summary
 from acestep_ray.tiny_checkpoint import write_tiny_checkpoint
 from acestep_ray.training.job import TrainSummary, train
@@ -75,8 +77,14 @@ class QuickstartSummary:
 
 def quickstart(config: QuickstartConfig) -> QuickstartSummary:
     """Run every job once on the demonstration songs, or on the user's. Raises InputError for what cannot be used."""
-    started = time.monotonic()
     output = Path(config.output_dir).resolve()
+    with only_writer(Store.at(output), f"--output_dir {config.output_dir}"):
+        return _run_jobs(config, output)
+
+
+def _run_jobs(config: QuickstartConfig, output: Path) -> QuickstartSummary:
+    """Run every job. Only for the one writer of the folder."""
+    started = time.monotonic()
     device = resolve_device(config.device).type
     songs = song_folder(config, output)
 
@@ -156,7 +164,8 @@ def song_folder(config: QuickstartConfig, output: Path) -> Path:
     songs = output / "songs"
     if not songs.exists():
         announce("demonstration songs")
-        write_demo_songs(songs, seed=config.seed)
+        with output_folder(songs) as folder:
+            write_demo_songs(folder, seed=config.seed)
     return songs
 
 
@@ -165,7 +174,8 @@ def train_config(
 ) -> TrainConfig:
     """A short run; its name follows the songs, so that other songs are another run."""
     lora_config = output / "lora_config.json"
-    lora_config.write_text(json.dumps(DEFAULT_LORA, indent=4) + "\n", encoding="utf-8")
+    with written_whole(lora_config) as file:
+        file.write((json.dumps(DEFAULT_LORA, indent=4) + "\n").encode())
     return TrainConfig(
         dataset_path=str(cache),
         checkpoint_dir=str(checkpoint),
@@ -206,7 +216,8 @@ def note_music(song: MadeSong, made: GenerateConfig) -> None:
         "omega": made.omega,
     }
     text = json.dumps(made_from, ensure_ascii=False, indent=1) + "\n"
-    song.audio.path.with_suffix(".json").write_text(text, encoding="utf-8")
+    with written_whole(song.audio.path.with_suffix(".json")) as file:
+        file.write(text.encode())
 
 
 def next_command(config: QuickstartConfig, made: GenerateConfig) -> str:

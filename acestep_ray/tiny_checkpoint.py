@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
 import zlib
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.models.transformer_config import TransformerConfig
 from acestep_ray.models.vocoder import Vocoder, VocoderConfig
 from acestep_ray.paths import expand_home
+from acestep_ray.storage import output_folder
 
 LYRIC_VOCAB_SIZE = 512
 TEXT_DIM = 32
@@ -158,9 +157,7 @@ def write_tiny_checkpoint(directory: str | Path, seed: int = 0) -> CheckpointDir
             where=str(target),
             fix="choose another directory, or delete this one",
         )
-    building = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    building.mkdir(parents=True)
-    try:
+    with output_folder(target) as building:
         _write_transformer(building / TRANSFORMER, seed)
         _write_codec(building / AUTOENCODER, building / VOCODER, seed)
         _write_text_encoder(building / TEXT_ENCODER, seed)
@@ -168,10 +165,6 @@ def write_tiny_checkpoint(directory: str | Path, seed: int = 0) -> CheckpointDir
             _write_ssl_model(building / folder, name, seed)
         (building / LYRIC_VOCAB).parent.mkdir()
         build_tiny_vocabulary(building / LYRIC_VOCAB, size=LYRIC_VOCAB_SIZE)
-        os.replace(building, target)
-    except BaseException:
-        shutil.rmtree(building)
-        raise
     return CheckpointDir.open(target)
 
 

@@ -46,7 +46,7 @@ from acestep_ray.data.songs import SongTable
 from acestep_ray.errors import InputError
 from acestep_ray.hints import one_of
 from acestep_ray.ray_runtime import cluster_cpus, connect, faults_explained, nodes_with
-from acestep_ray.storage import Store
+from acestep_ray.storage import Store, only_writer
 from acestep_ray.terminal import Progress, fact_table
 
 if TYPE_CHECKING:
@@ -131,6 +131,19 @@ def precompute(config: PrecomputeConfig) -> PrecomputeSummary:
     checkpoint = CheckpointDir.open(Store.at(config.checkpoint_dir).url)
     cache = Store.at(config.output_dir)
     claim_output_dir(cache)
+    with only_writer(cache, f"--output_dir {config.output_dir}"):
+        return _fill(cache, songs, features, checkpoint, config, started)
+
+
+def _fill(
+    cache: Store,
+    songs: SongTable,
+    features: tuple[str, ...],
+    checkpoint: CheckpointDir,
+    config: PrecomputeConfig,
+    started: float,
+) -> PrecomputeSummary:
+    """Compute what is missing, and commit it. Only for the one writer of the cache."""
     connect()
     nodes_with(config.decode_resource, "--decode_resource")
     pools = choose_pools(config, features, checkpoint)

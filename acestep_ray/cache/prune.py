@@ -9,7 +9,7 @@ from typing import Any
 from acestep_ray.cache.commit import delete_leftovers, leftovers
 from acestep_ray.cache.index import CacheIndex, read_manifest
 from acestep_ray.cache.schema import MANIFEST, SAMPLES
-from acestep_ray.storage import Store
+from acestep_ray.storage import Store, only_writer
 from acestep_ray.units import size_text
 
 
@@ -33,14 +33,22 @@ def prune_cache(place: str, dry_run: bool = False) -> PruneSummary:
     """Delete what runs that were killed have left in the cache at a path or URL; with `dry_run` only list it.
 
     That is every file of the format that the manifest does not reach, `.incoming/` with it: the songs that a killed
-    rerun had encoded, which the next run would have found. Files that are not of the format stay. Not to be used
-    while a run writes to the cache.
+    rerun had encoded, which the next run would have found. Files that are not of the format stay.
 
-    Raises InputError, and deletes nothing, where there is no complete cache: all there is then is what the next run
-    goes on from.
+    Raises InputError, and deletes nothing, where a run is writing to the cache, and where there is no complete cache:
+    all there is then is what the next run goes on from.
     """
     store = Store.at(place)
-    manifest = read_manifest(store)
+    manifest = read_manifest(store)  # before a lock is made in what may be no cache
+    if dry_run:
+        return _prune(store, manifest, dry_run=True)
+    # Room may be what is wanted.
+    with only_writer(store, f"the cache {store.url}", needs_room=False):
+        return _prune(store, read_manifest(store), dry_run=False)
+
+
+def _prune(store: Store, manifest: Mapping[str, Any], *, dry_run: bool) -> PruneSummary:
+    """Delete, or list, what this manifest does not reach."""
     # An index that misses parts may need what lies about: precompute sees to that.
     parts = CacheIndex.open(store).parts if manifest["counts"]["samples"] else []
     names = leftovers(store, reached(manifest, [f"{SAMPLES}/{part}" for part in parts]))

@@ -27,7 +27,8 @@ from acestep_ray.cache.schema import (
     table_from_bytes,
 )
 from acestep_ray.errors import InputError
-from acestep_ray.storage import StorageError, Store
+from acestep_ray.storage import DiskFullError, StorageError, Store
+from acestep_ray.storage.files import LOCK
 
 _CLAIM = f"{INCOMING}/claim"
 # Requests to storage wait for the network, not for a core.
@@ -48,6 +49,8 @@ def claim_output_dir(cache: Store) -> None:
             )
         # Whether the place can be written to shows now, and not when the first songs are encoded.
         cache.write_bytes(_CLAIM, b"")
+    except DiskFullError:
+        raise
     except (OSError, StorageError) as error:
         raise InputError(
             f"cannot write to the output directory ({error})", where=cache.url, fix=fix
@@ -64,8 +67,8 @@ def _is_cache(cache: Store) -> bool:
 
 def _holds_something(cache: Store) -> bool:
     if cache.is_local:
-        return cache.path.is_dir() and any(cache.path.iterdir())
-    return bool(cache.names())
+        return cache.path.is_dir() and any(path.name != LOCK for path in cache.path.iterdir())
+    return bool(cache.names().keys() - {LOCK})
 
 
 def _manifest_if_readable(cache: Store) -> dict[str, Any] | None:

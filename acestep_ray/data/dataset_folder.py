@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -14,7 +13,12 @@ from typing import Any
 
 from acestep_ray.errors import InputError
 from acestep_ray.storage import Store, StoredFile
+from acestep_ray.storage.disk import DiskFullError, full_disk_explained
+from acestep_ray.storage.files import LOCK
 from acestep_ray.storage.folders import files_below, upload_files
+from acestep_ray.storage.scratch import scratch_folder
+from acestep_ray.storage.swap import put_in_place, restore_previous
+from acestep_ray.storage.writers import only_writer_of
 from acestep_ray.terminal import Progress
 
 MARKER = "prepare.json"
@@ -93,9 +97,9 @@ def _copy(source: StoredFile, target: StoredFile) -> None:
     elif source.store.is_local:
         target.store.upload(source.path, target.name)
     else:
-        with tempfile.NamedTemporaryFile(prefix="acestep-ray-") as between:
-            source.store.download(source.name, between.name)
-            target.store.upload(between.name, target.name)
+        with scratch_folder() as folder:
+            source.store.download(source.name, folder / "content")
+            target.store.upload(folder / "content", target.name)
 
 
 @contextlib.contextmanager
@@ -124,35 +128,45 @@ def write_dataset(output: Store, write: Write) -> Any:
     return _write_to_disk(output.path, write)
 
 
+@contextlib.contextmanager
+def only_prepare(output: Store) -> Iterator[None]:
+    """Hold the place of a dataset, and put back what a killed process has left of the one that was there.
+
+    Raises InputError where another process is writing to it.
+    """
+    with only_writer_of(output, f"--output_dir {output.url}"):
+        if output.is_local:
+            restore_previous(output.path)
+        yield
+
+
 def _write_to_storage(output: Store, write: Write) -> Any:
-    before = list(output.names())
+    before = [name for name in output.names() if name != LOCK]
     output.write_bytes(MARKER, json.dumps({"format": 1, "unfinished": True}).encode())
     output.delete(name for name in before if name in _INDEX)
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as folder:
+    with scratch_folder() as folder:
         with _copying() as copies:
-            made = write(Path(folder), output, copies)
-        names = files_below(Path(folder))
+            made = write(folder, output, copies)
+        names = files_below(folder)
         last = [name for name in (*_INDEX, MARKER) if name in names]
-        upload_files(Path(folder), output, [name for name in names if name not in last])
+        upload_files(folder, output, [name for name in names if name not in last])
         output.delete(set(before) - {*names, *copies.names})
         for name in last:
-            output.upload(Path(folder, name), name)
+            output.upload(folder / name, name)
     return made
 
 
 def _write_to_disk(output: Path, write: Write) -> Any:
     partial = output.with_name(f".{output.name}.partial")
-    previous = output.with_name(f".{output.name}.previous")
     try:
         _remove(partial)
         partial.mkdir(parents=True)
-        with _copying() as copies:
+        with full_disk_explained(output), _copying() as copies:
             made = write(partial, Store.at(partial), copies)
-        if os.path.exists(output):
-            _remove(previous)
-            output.rename(previous)
-        partial.rename(output)
-        _remove(previous)
+        with full_disk_explained(output):
+            put_in_place(partial, output)
+    except DiskFullError:
+        raise
     except OSError as error:
         raise InputError(
             f"the dataset cannot be written ({error.strerror or error})",
@@ -161,14 +175,8 @@ def _write_to_disk(output: Path, write: Write) -> Any:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        _put_back(previous, output)
+        restore_previous(output)
     return made
-
-
-def _put_back(previous: Path, output: Path) -> None:
-    """Undoes the first of the two renames, if a failure came between them, now or in an earlier run."""
-    if os.path.exists(previous) and not os.path.exists(output):
-        previous.rename(output)
 
 
 def _remove(directory: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, disable_progress_bars
 
 from acestep_ray.config import PrepareConfig
-from acestep_ray.data.dataset_folder import MARKER, Copies, FilePlaces, write_dataset
+from acestep_ray.data.dataset_folder import MARKER, Copies, FilePlaces, only_prepare, write_dataset
 from acestep_ray.data.file_names import file_at
 from acestep_ray.data.findings import Findings
 from acestep_ray.data.layouts import check_layout
@@ -95,14 +95,18 @@ def prepare_dataset(config: PrepareConfig) -> PrepareSummary:
     findings = Findings()
     with contextlib.ExitStack() as stack:
         packed = find_packed(source)
+        table = _table_at(source) if packed is None else None
+        folder = Store.at(source) if table is None else table.store
+        _check_output(source, folder, output)
+        stack.enter_context(only_prepare(output))
         if packed is None:
-            found = _read(source, config, findings, output)
+            found = _read(folder, table, config, findings)
             if not found.songs and found.table is None and not findings.problems:
-                packed = find_packed_in(found.folder)
+                packed = find_packed_in(folder)
         if packed is not None:
-            _check_output(source, Store.at(source), output)
             place = stack.enter_context(unpacked(packed, output, findings))
-            found = _read(place, config, findings)
+            table = _table_at(place)
+            found = _read(Store.at(place) if table is None else table.store, table, config, findings)
         if not found.songs and not findings.problems:
             raise InputError("there are no songs", where=source, fix=_expected_in(found.table))
         _check(found, findings, source)
@@ -135,12 +139,8 @@ class _Found:
     table: StoredFile | None
 
 
-def _read(source: str, config: PrepareConfig, findings: Findings, output: Store | None = None) -> _Found:
-    """Read the songs at `source`; `output` is checked first, if it is given."""
-    table = _table_at(source)
-    folder = Store.at(source) if table is None else table.store
-    if output is not None:
-        _check_output(source, folder, output)
+def _read(folder: Store, table: StoredFile | None, config: PrepareConfig, findings: Findings) -> _Found:
+    """Read the songs of a folder, or of a table in it."""
     return _Found(list(_songs_at(folder, table, findings, config.texts)), folder, table)
 
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import posixpath
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -21,7 +20,7 @@ from acestep_ray.errors import InputError
 from acestep_ray.foreign_files import seems_to_be
 from acestep_ray.plain_files import JSON, read_limited
 from acestep_ray.plain_json import load_json
-from acestep_ray.storage import Store, is_url
+from acestep_ray.storage import Store, is_url, scratch_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -180,9 +179,9 @@ def open_dataset(
         dataset = load_split(store.path, split, where)
     else:
         # Files that are mapped stay readable when they are deleted.
-        with tempfile.TemporaryDirectory(prefix="acestep-ray-") as copy:
-            _copy_split(store, split, Path(copy))
-            dataset = load_split(Path(copy), split, where)
+        with scratch_folder() as copy:
+            _copy_split(store, split, copy)
+            dataset = load_split(copy, split, where)
     dataset = dataset.with_format(None)
     if len(dataset) == 0:
         raise _no_rows(where)

@@ -14,7 +14,6 @@ import os
 import posixpath
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,8 @@ from acestep_ray.errors import InputError
 from acestep_ray.plain_files import JSON, read_limited
 from acestep_ray.plain_json import load_json
 from acestep_ray.storage import Store, StoredFile
+from acestep_ray.storage.disk import full_disk_of
+from acestep_ray.storage.scratch import scratch_folder
 from acestep_ray.terminal import Progress
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -108,12 +109,8 @@ def check_not_packed(packed: Packed | None, source: str) -> None:
 @contextlib.contextmanager
 def unpacked(packed: Packed, output: Store, findings: Findings) -> Iterator[str]:
     """The songs as a folder, or a table of it, while inside; beside `output` if that is on this machine, so that the
-    files can be moved there without a copy."""
-    beside = output.path.parent if output.is_local else None
-    if beside is not None:
-        beside.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".acestep-ray-unpacked-", dir=beside))
-    try:
+    files can be moved there without a copy. What killed processes have left there is deleted."""
+    with scratch_folder(output.path.parent if output.is_local else None, "unpacked") as folder:
         if packed.dataset is not None:
             yield str(_unpack_rows(_rows_of_dataset(packed.dataset), folder, findings))
         elif packed.files[0].name.lower().endswith(TAR_SUFFIXES):
@@ -122,8 +119,6 @@ def unpacked(packed: Packed, output: Store, findings: Findings) -> Iterator[str]
             yield str(folder)
         else:
             yield str(_unpack_rows(_rows_of_files(packed.files, findings), folder, findings))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _names_in(folder: Store) -> list[str]:
@@ -153,6 +148,8 @@ def _unpack_tar(file: StoredFile, folder: Path, findings: Findings) -> None:
     except TarBombError as error:
         findings.problems.append(f"{file.name}: {error}")
     except (tarfile.TarError, EOFError, OSError, *NO_TAR) as error:
+        if full_disk_of(error) is not None:
+            raise
         findings.problems.append(f"{file.name}: is damaged, cut off, or no tar ({error})")
 
 

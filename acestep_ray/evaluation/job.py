@@ -51,7 +51,7 @@ from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.models.fusing import fuse_where_possible
 from acestep_ray.models.transformer import ACEStepTransformer
 from acestep_ray.reporting.plots import draw_losses
-from acestep_ray.storage import Store, check_new, fetched, updated_folder
+from acestep_ray.storage import Store, check_new, fetched, output_folder
 from acestep_ray.tracking import check_mlflow, mlflow_uri
 from acestep_ray.training.experiment import make_folder
 from acestep_ray.training.validation import fixed_noise_losses
@@ -96,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
             found = find_clips(config.generated_dir)
         if uri is not None:
             make_folder(Path(config.logger_dir), "--logger_dir")
-        folder = copies.enter_context(updated_folder(output, last=[SCORES_FILE]))
+        folder = copies.enter_context(output_folder(config.output_dir, last=[SCORES_FILE]))
         run = copies.enter_context(
             evaluation_run(uri, experiment, output.name, settings, restore=config.restore_experiment)
         )

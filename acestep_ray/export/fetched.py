@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from acestep_ray.plain_files import SETTINGS
 from acestep_ray.plain_text import read_utf8
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import EVENTS
-from acestep_ray.storage import Store, StoredFile, is_url
+from acestep_ray.storage import Store, StoredFile, is_url, scratch_folder
 from acestep_ray.storage.folders import download_files, told_of
 from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 from acestep_ray.training.state import STATE_FILE
@@ -38,8 +37,7 @@ def fetched_lora(place: str | os.PathLike[str], checkpoint: str = "last") -> Ite
         yield Path(expand_home(os.fspath(place)))
         return
     store = Store.at(place)
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as temporary:
-        root = Path(temporary)
+    with scratch_folder() as root:
         folder, path = _fetch(store, root, checkpoint)
         with told_of(folder, root / folder.name):
             yield path

@@ -24,7 +24,7 @@ from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import LYRIC_VOCAB, PARTS, TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
 from acestep_ray.paths import split_paths
-from acestep_ray.storage import Store, check_new, is_url, output_folder
+from acestep_ray.storage import Store, check_new, check_room, is_url, output_folder
 from acestep_ray.terminal import Progress, fact_table
 from acestep_ray.terminal.numbers import number_text
 
@@ -104,6 +104,10 @@ def merge(config: MergeConfig) -> MergeSummary:
         progress.update(next(written))
         return merged_weight(weight, changes[name]) if name in changes else weight
 
+    if Store.at(config.output_dir).is_local:
+        parts = [checkpoint.path / name for name in _OTHER_PARTS]
+        needed = sum(info.num_bytes for info in infos.values()) + sum(map(_bytes_below, parts))
+        check_room(config.output_dir, needed, f"--output_dir {config.output_dir}")
     with output_folder(config.output_dir, last=[RECORD]) as folder:
         for name in _OTHER_PARTS:
             if (checkpoint.path / name).is_dir():
@@ -165,6 +169,10 @@ def _numbers(text: str) -> list[float]:
     if not all(abs(number) < float("inf") for number in numbers):
         raise InputError("not a list of numbers", where=f"--lora_weight {text}", fix="such as 0.8,0.5")
     return numbers
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _in_dtype(info: WeightInfo, dtype: torch.dtype) -> WeightInfo:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from acestep_ray.models.checkpoint import TRANSFORMER, CheckpointDir
 from acestep_ray.models.weights import read_weights
+from acestep_ray.storage import Store, replaced_folder
 
 WEIGHTS = "diffusion_pytorch_model"
 LARGEST_FILE = 5_000_000_000
@@ -53,20 +54,20 @@ def export_transformer(checkpoint: CheckpointDir, weights: Mapping[str, Tensor],
     The files have every name of the checkpoint's, also of parameters that the model never uses. What was there is
     replaced once everything is written.
     """
+    with replaced_folder(Store.at(directory)) as folder:
+        write_transformer(checkpoint, weights, folder)
+    return directory
+
+
+def write_transformer(checkpoint: CheckpointDir, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what `export_transformer` does into an empty folder."""
     base = checkpoint.path / TRANSFORMER
     infos = {
         name: WeightInfo(tuple(tensor.shape), weights.get(name, tensor).dtype)
         for name, tensor, _ in read_weights(base)
     }
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shutil.copyfile(base / "config.json", partial / "config.json")
-    write_weights(partial, infos, base, lambda name, tensor: weights.get(name, tensor))
-    if directory.exists():
-        shutil.rmtree(directory)
-    partial.rename(directory)
-    return directory
+    shutil.copyfile(base / "config.json", folder / "config.json")
+    write_weights(folder, infos, base, lambda name, tensor: weights.get(name, tensor))
 
 
 def write_weights(

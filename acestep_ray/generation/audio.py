@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 
 from acestep_ray.data.audio import SAMPLE_RATE
+from acestep_ray.storage.files import written_whole
 
 SUBTYPES = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III"}
 """Of each format that is written."""
@@ -41,7 +42,6 @@ def audio_bytes(waveform: np.ndarray, format: str) -> bytes:
 
 def write_audio(path: Path, waveform: np.ndarray) -> None:
     """Write (2, samples) at 48 kHz in the format of the suffix, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_bytes(audio_bytes(waveform, path.suffix.lower().removeprefix(".")))
-    partial.replace(path)
+    content = audio_bytes(waveform, path.suffix.lower().removeprefix("."))
+    with written_whole(path) as file:
+        file.write(content)

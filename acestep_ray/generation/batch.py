@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +17,14 @@ from acestep_ray.data.lyrics import LyricTokenizer
 from acestep_ray.errors import InputError
 from acestep_ray.generation.audio import SUBTYPES
 from acestep_ray.generation.graph import Outcome, choose_pool, make_songs
-from acestep_ray.generation.models import choose_models, is_bfloat16
+from acestep_ray.generation.models import ModelChoice, choose_models, is_bfloat16
 from acestep_ray.generation.records import Recipe, find_made
-from acestep_ray.generation.requests import check_lyrics, songs_of_file
+from acestep_ray.generation.requests import Request, check_lyrics, songs_of_file
 from acestep_ray.generation.song import Song, together
 from acestep_ray.hints import one_of
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.ray_runtime import connect, faults_explained
-from acestep_ray.storage import StorageError, Store
+from acestep_ray.storage import DiskFullError, StorageError, Store, only_writer
 from acestep_ray.terminal import Progress, fact_table
 
 RESULTS = "results.jsonl"
@@ -92,6 +93,19 @@ def generate_batch(config: GenerateConfig) -> BatchSummary:
     request = check_lyrics(request, tokenizer, config.keep_unknown_lyrics, where=f"--batch_path {path}")
     choice = choose_models(config, checkpoint)
     store = claim_output(output_dir, path)
+    with only_writer(store, f"--output_dir {output_dir}"):
+        return _make_missing(store, request, choice, checkpoint, config, started)
+
+
+def _make_missing(
+    store: Store,
+    request: Request,
+    choice: ModelChoice,
+    checkpoint: CheckpointDir,
+    config: GenerateConfig,
+    started: float,
+) -> BatchSummary:
+    """Make the songs that are not there. Only for the one writer of the folder."""
     request.show_warnings()
     connect()
     pool = choose_pool(config.device, config.workers)
@@ -148,8 +162,12 @@ def claim_output(output_dir: str, requests: Path) -> Store:
             where=f"--batch_path {requests}",
             fix="give another --output_dir",
         )
+    probe = f".writable-{uuid.uuid4().hex}"
     try:
-        store.write_bytes(RESULTS, b"")
+        store.write_bytes(probe, b"")
+        store.delete([probe])
+    except DiskFullError:
+        raise
     except (OSError, StorageError) as error:
         raise InputError(f"cannot write here ({error})", where=f"--output_dir {output_dir}") from None
     return store

@@ -23,7 +23,7 @@ from acestep_ray.generation.audio import Sound
 from acestep_ray.generation.records import Recipe, write_song
 from acestep_ray.generation.song import Song
 from acestep_ray.ray_runtime import beside_driver, wait_for_first_node
-from acestep_ray.storage import Store
+from acestep_ray.storage import DiskFullError, Store
 from acestep_ray.terminal import is_verbose
 
 if TYPE_CHECKING:
@@ -203,4 +203,5 @@ def _write(batch: pa.Table, store: Store, recipe: Recipe) -> pa.Table:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, DiskFullError) else f"{type(error).__name__}: {text}"

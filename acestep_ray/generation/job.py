@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import posixpath
@@ -21,7 +22,7 @@ from acestep_ray.generation.requests import check_lyrics, songs_of_flags
 from acestep_ray.generation.song import Song, together
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE
-from acestep_ray.storage import StoredFile
+from acestep_ray.storage import StoredFile, lock_name, only_writer
 from acestep_ray.terminal import Progress, fact_table
 
 if TYPE_CHECKING:
@@ -79,10 +80,13 @@ def generate(config: GenerateConfig) -> GenerateSummary | BatchSummary:
     request = check_lyrics(request, tokenizer, config.keep_unknown_lyrics, where="--lyrics")
     choice = choose_models(config, checkpoint)
     request.show_warnings()
-    models = MusicModels.load(choice)
     made: list[MadeSong] = []
     groups = together(request.songs, config.batch_size)
-    with Progress("generating", config.infer_steps * len(groups), "steps") as progress:
+    with contextlib.ExitStack() as stack:
+        where = f"--output_path {config.output_path}"
+        stack.enter_context(only_writer(output.store, where, lock=lock_name(output.name)))
+        models = MusicModels.load(choice)
+        progress = stack.enter_context(Progress("generating", config.infer_steps * len(groups), "steps"))
         for number, group in enumerate(groups):
             before = config.infer_steps * number
             sounds = models.make(group, partial(show_step, progress, before))

@@ -8,7 +8,6 @@ import math
 import os
 import queue
 import stat
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, TypeVar, cast
 from acestep_ray.errors import InputError, without_password
 from acestep_ray.plain_files import JSON, read_limited
 from acestep_ray.plain_json import load_json
-from acestep_ray.storage import Store, is_url
+from acestep_ray.storage import Store, is_url, scratch_folder
 from acestep_ray.storage.folders import download_files
 from acestep_ray.tracking.local_database import SQLITE, database_of
 from acestep_ray.tracking.mlflow_errors import reason_of
@@ -100,9 +99,9 @@ def read_log(experiment: Path, logger_dir: str | None, trial: str = "") -> Log:
         names = [name for name in names if "/" not in name]
     if not names:
         return Log()
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as copy:
-        download_files(logs, names, Path(copy))
-        return read_events(Path(copy, trial))
+    with scratch_folder() as copy:
+        download_files(logs, names, copy)
+        return read_events(copy / trial)
 
 
 def read_events(folder: Path) -> Log:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from acestep_ray.plain_files import SETTINGS
 from acestep_ray.plain_text import read_utf8
 from acestep_ray.plain_yaml import load_yaml
 from acestep_ray.reporting.curves import EVENTS
-from acestep_ray.storage import Store, is_url
+from acestep_ray.storage import Store, is_url, scratch_folder
 from acestep_ray.storage.folders import download_files, told_of
 from acestep_ray.training.experiment import CHECKPOINTS, SETTINGS_FILE
 
@@ -29,8 +28,8 @@ def fetched_experiment(experiment: Store) -> Iterator[Path]:
     if experiment.is_local:
         yield experiment.path
         return
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as temporary:
-        folder = Path(temporary, experiment.name)
+    with scratch_folder() as temporary:
+        folder = temporary / experiment.name
         folder.mkdir()
         names = [
             name for name in experiment.names() if not (name.endswith(_TENSORS) and f"{CHECKPOINTS}/" in name)

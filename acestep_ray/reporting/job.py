@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from acestep_ray.reporting.run import is_run, read_run
 from acestep_ray.reporting.run_page import write_run
 from acestep_ray.reporting.samples import add_sample
 from acestep_ray.reporting.search_page import is_search, write_search
-from acestep_ray.storage import Store
+from acestep_ray.storage import Store, StoredFile, lock_name, only_writer
 from acestep_ray.terminal import fact_table
 from acestep_ray.units import size_text
 
@@ -50,9 +51,16 @@ def report(experiment: str, output_path: str | None = None, *, output: str | Non
             raise InputError(
                 "no such folder", where=experiment, fix="give the folder of an experiment, such as exps/NAME"
             )
-        fill(page, folder, store.url)
         target = output_path or output or store.url_of(PAGE_FILE)
-        return ReportSummary(target, page.write(target), page.notes)
+        with only_report(target):
+            fill(page, folder, store.url)
+            return ReportSummary(target, page.write(target), page.notes)
+
+
+def only_report(target: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the place of a page. Raises InputError where another process is writing it."""
+    file = StoredFile.at(target)
+    return only_writer(file.store, f"--output_path {target}", lock=lock_name(file.name))
 
 
 def fill(page: Page, folder: Path, place: str) -> None:

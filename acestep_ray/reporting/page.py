@@ -205,12 +205,14 @@ class Page:
 
     def write(self, path: str | os.PathLike[str]) -> int:
         """Write the page, whole or not at all, to a path or URL; returns its bytes. Raises InputError."""
-        from acestep_ray.storage import StoredFile
+        from acestep_ray.storage import DiskFullError, StoredFile
 
         file = StoredFile.at(path)
         content = self.render().encode()
         try:
             file.store.write_bytes(file.name, content)
+        except DiskFullError:
+            raise
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"the page cannot be written ({reason})", where=os.fspath(path)) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from acestep_ray.reporting.page import Page
 from acestep_ray.reporting.plots import TRAINING, draw_losses, draw_trials
 from acestep_ray.reporting.run import is_under_way
 from acestep_ray.reporting.sections import add_lora, add_settings, add_songs
-from acestep_ray.storage import Store
+from acestep_ray.storage import Store, scratch_folder
 from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.experiment import SETTINGS_FILE, noted_place
 from acestep_ray.training.validation import FIXED_NOISE, VALIDATION
@@ -67,11 +66,8 @@ def write_search(page: Page, folder: Path, place: str | None = None) -> None:
         if noted.get("space"):
             page.section("What is searched")
             page.facts(noted["space"])
-    with (
-        page.guarded("the trials"),
-        tempfile.TemporaryDirectory(prefix="acestep-ray-") as pictures,
-    ):
-        add_trials(page, trial_rows(records), draw_pictures(Path(pictures), records))
+    with page.guarded("the trials"), scratch_folder() as pictures:
+        add_trials(page, trial_rows(records), draw_pictures(pictures, records))
     ranked = records.ranked()
     with page.guarded("the validation losses"):
         _add_validations(page, ranked)

@@ -9,15 +9,26 @@ the client from fsspec's configuration, such as FSSPEC_S3_ANON=true for a public
 """
 
 from acestep_ray.paths import expand_home, split_paths
+from acestep_ray.storage.disk import DiskFullError, check_room, full_disk_explained, full_disk_of
 from acestep_ray.storage.errors import AccessDeniedError, StorageError
 from acestep_ray.storage.files import FileStatus
-from acestep_ray.storage.folders import check_new, fetched, output_folder, updated_folder, upload_folder
+from acestep_ray.storage.folders import (
+    check_new,
+    fetched,
+    output_folder,
+    replaced_folder,
+    updated_folder,
+    upload_folder,
+)
 from acestep_ray.storage.lease import HeldError, Lease
+from acestep_ray.storage.scratch import scratch_folder
 from acestep_ray.storage.store import Store, is_url
 from acestep_ray.storage.stored_file import StoredFile
+from acestep_ray.storage.writers import lock_name, only_writer, only_writer_of
 
 __all__ = [
     "AccessDeniedError",
+    "DiskFullError",
     "FileStatus",
     "HeldError",
     "Lease",
@@ -25,10 +36,18 @@ __all__ = [
     "Store",
     "StoredFile",
     "check_new",
+    "check_room",
     "expand_home",
     "fetched",
+    "full_disk_explained",
+    "full_disk_of",
     "is_url",
+    "lock_name",
+    "only_writer",
+    "only_writer_of",
     "output_folder",
+    "replaced_folder",
+    "scratch_folder",
     "split_paths",
     "updated_folder",
     "upload_folder",

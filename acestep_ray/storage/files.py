@@ -13,14 +13,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from acestep_ray.storage.disk import full_disk_explained
+from acestep_ray.storage.locks import is_at, try_lock
 
 BLOCK_BYTES = 4 * 2**20
 BLOCKS_KEPT = 8
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp")
 """Names of files that are being written."""
+LOCK = ".lock"
+"""The file in a folder that is locked, or leased, by the process that writes to the folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +96,67 @@ def unfinished_below(root: Path) -> list[Path]:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which is at `path` once the block has ended well; else what was there stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{uuid.uuid4().hex}.tmp"
+    with full_disk_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _delete_abandoned_once(str(path.parent))
+        file = _open_unfinished(path.parent)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                # Before it is closed, which lets the lock go.
+                os.replace(file.name, path)
+            flush_folder(path.parent)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def _open_unfinished(folder: Path) -> BinaryIO:
+    """A new file that is locked, so that no other process takes it for one that was left."""
+    while True:
+        unfinished = folder / f".{uuid.uuid4().hex}.tmp"
+        file = open(unfinished, "xb")  # noqa: SIM115  # the caller closes it
+        if try_lock(file.fileno()) is not False and is_at(file.fileno(), unfinished):
+            return file
+        file.close()
+
+
+@lru_cache(maxsize=4096)
+def _delete_abandoned_once(folder: str) -> None:
+    """Delete what killed writers have left in a folder, the first time that this process writes to it."""
+    with contextlib.suppress(OSError):
+        names = [entry.name for entry in os.scandir(folder) if UNFINISHED.fullmatch(entry.name)]
+        for name in names:
+            delete_if_abandoned(Path(folder, name))
+
+
+def delete_if_abandoned(unfinished: Path) -> bool:
+    """Delete a file that was being written, unless its writer lives; returns whether it was deleted."""
     try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _flush_folder(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        with open(unfinished, "rb") as file:
+            if try_lock(file.fileno()) is False:
+                return False
+            unfinished.unlink()
+    except OSError:  # its writer has renamed it, or it is another user's
+        return False
+    return True
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_below(folder: Path) -> None:
+    """Make the files in a folder and below, and their names, survive a loss of power."""
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # links to nothing, files that may not be read
+                descriptor = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NONBLOCK)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        flush_folder(Path(directory))
+
+
+def flush_folder(folder: Path) -> None:
     """Make the names in a local folder survive a loss of power, where its system can."""
     with contextlib.suppress(OSError):  # Windows opens no folders, some network file systems flush none
         descriptor = os.open(folder, os.O_RDONLY)

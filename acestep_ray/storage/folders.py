@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from acestep_ray.errors import InputError
+from acestep_ray.storage.disk import full_disk_explained
+from acestep_ray.storage.files import LOCK, flush_below, flush_folder
+from acestep_ray.storage.scratch import scratch_folder
 from acestep_ray.storage.store import Store
+from acestep_ray.storage.swap import put_in_place
+from acestep_ray.storage.writers import only_writer_of
 
 _AT_ONCE = 8
 
@@ -25,7 +30,7 @@ def check_new(place: str | os.PathLike[str], flag: str = "--output_dir") -> None
         path = store.path
         is_in_the_way = path.exists() and (not path.is_dir() or any(path.iterdir()))
     else:
-        is_in_the_way = bool(store.names())
+        is_in_the_way = bool(store.names().keys() - {LOCK})
     if is_in_the_way:
         raise InputError(
             "this is written to a new directory, and there is something here",
@@ -43,50 +48,102 @@ def output_folder(
     A local folder is renamed into its place. Of one in object storage, where nothing can be renamed, the files are
     uploaded at the end, those named in `last` after all others and in this order: what readers look for first. After
     an exception there is nothing at `place`; a process that is killed while it uploads leaves files without the last.
+    What killed processes have left of the same folder is deleted.
 
-    Raises InputError where something is in the way, or the folder cannot be written.
+    Raises InputError where something is in the way, the folder cannot be written, or another process is writing it;
+    DiskFullError where the disk takes no more.
     """
     check_new(place, flag)
     store = Store.at(place)
-    if not store.is_local:
-        with tempfile.TemporaryDirectory(prefix="acestep-ray-") as temporary:
-            yield Path(temporary)
-            upload_folder(Path(temporary), store, last=last)
-        return
-    partial = store.path.parent / f".{store.name}.{uuid.uuid4().hex}"
+    with only_writer_of(store, f"{flag} {place}"):
+        check_new(place, flag)  # another process may have ended meanwhile
+        if store.is_local:
+            with _renamed_folder(store.path, f"{flag} {place}") as folder:
+                yield folder
+            return
+        with scratch_folder() as folder:
+            yield folder
+            upload_folder(folder, store, last=last)
+
+
+@contextlib.contextmanager
+def _renamed_folder(path: Path, where: str) -> Iterator[Path]:
+    """A folder beside `path` that is renamed to it. Only for the one writer of `path`."""
+    _delete_left(path)
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(
             f"cannot write here ({error.strerror or error})",
-            where=f"{flag} {place}",
+            where=where,
             fix="choose another directory",
         ) from None
     try:
-        yield partial
-        partial.replace(store.path)
+        with full_disk_explained(path):
+            yield partial
+            flush_below(partial)
+            partial.replace(path)
+            flush_folder(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def updated_folder(store: Store, *, last: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder on this machine for files that replace those in `store`, one by one.
+def _delete_left(path: Path) -> None:
+    """Delete the folders that killed writers of `path` have left beside it."""
+    left = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{32}")
+    for name in os.listdir(path.parent):
+        if left.fullmatch(name):
+            shutil.rmtree(path.parent / name, ignore_errors=True)
 
-    Of a local one it is the folder itself. To object storage they are uploaded at the end of the block; those named in
-    `last` are not there meanwhile.
+
+@contextlib.contextmanager
+def replaced_folder(store: Store, *, last: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write into, whose files take the place of all those in `store` at the end of the block.
+
+    On a disk in one step. In object storage the files named in `last` are not there until the others are. Only for
+    the one writer of `store`.
     """
     if store.is_local:
-        store.path.mkdir(parents=True, exist_ok=True)
-        yield store.path
+        with scratch_folder(store.path.parent) as folder:
+            partial = folder / "new"
+            partial.mkdir()
+            yield partial
+            put_in_place(partial, store.path)
         return
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as folder:
-        yield Path(folder)
-        in_order = list(last)
+    with scratch_folder() as folder:
+        yield folder
+        before, names, in_order = list(store.names()), files_below(folder), list(last)
         store.delete(in_order)
-        names = files_below(Path(folder))
-        upload_files(Path(folder), store, [name for name in names if name not in in_order])
-        upload_files(Path(folder), store, [name for name in in_order if name in names])
+        upload_files(folder, store, [name for name in names if name not in in_order])
+        store.delete(set(before) - set(names) - {LOCK})
+        upload_files(folder, store, [name for name in in_order if name in names])
+
+
+@contextlib.contextmanager
+def updated_folder(store: Store, *, last: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder on this machine for files that replace those in `store` at the end of the block, each whole.
+
+    Those named in `last` come after all others; in object storage they are not there meanwhile.
+    """
+    in_order = list(last)
+    with scratch_folder(store.path if store.is_local else None) as folder:
+        yield folder
+        names = files_below(folder)
+        names = [name for name in names if name not in in_order] + [
+            name for name in in_order if name in names
+        ]
+        if store.is_local:
+            flush_below(folder)
+            for name in names:
+                (store.path / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / name, store.path / name)
+            flush_folder(store.path)
+            return
+        store.delete(in_order)
+        first = [name for name in names if name not in in_order]
+        upload_files(folder, store, first)
+        upload_files(folder, store, names[len(first) :])
 
 
 @contextlib.contextmanager
@@ -99,8 +156,8 @@ def fetched(place: str | os.PathLike[str] | Store) -> Iterator[Path]:
     if store.is_local:
         yield store.path
         return
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as temporary:
-        folder = Path(temporary, store.name)
+    with scratch_folder() as temporary:
+        folder = temporary / store.name
         folder.mkdir()
         download_files(store, store.names(), folder)
         with told_of(store, folder):

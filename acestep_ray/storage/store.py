@@ -8,14 +8,13 @@ import io
 import os
 import posixpath
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import fsspec
 
@@ -28,6 +27,7 @@ from acestep_ray.storage.errors import S3, StorageError, is_past_the_end, not_fo
 from acestep_ray.storage.files import (
     FileStatus,
     ObjectReader,
+    delete_if_abandoned,
     delete_local,
     status_of,
     status_of_local,
@@ -44,6 +44,7 @@ from acestep_ray.storage.s3 import (
     read_if_same,
     write_if_same,
 )
+from acestep_ray.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from acestep_ray.storage.stored_file import StoredFile
@@ -256,10 +257,10 @@ class Store:
             with written_whole(Path(self._local(name))) as file:
                 yield file
             return
-        with tempfile.NamedTemporaryFile(prefix="acestep-ray-") as file:
-            yield cast(BinaryIO, file)
-            file.flush()
-            self.upload(file.name, name)
+        with scratch_folder() as folder:
+            with open(folder / "content", "w+b") as file:
+                yield file
+            self.upload(folder / "content", name)
 
     def upload(self, source: str | os.PathLike[str], name: str) -> None:
         """Write a file with the content of one on this machine; whole, in several parts if it is large."""
@@ -362,14 +363,12 @@ class Store:
     def delete_unfinished(self) -> int:
         """Delete what writers left that were killed in the middle, and return how many such files there were.
 
-        Local temporary files and unfinished multipart uploads of S3; other storage forgets them by itself. Only for
-        a time when nothing writes to this store.
+        Local temporary files, but those of living processes, and unfinished multipart uploads of S3; other storage
+        forgets them by itself. Only for a time when nothing writes to this store.
         """
         if self.is_local:
             paths = unfinished_below(self.path)
-            for path in paths:
-                path.unlink(missing_ok=True)
-            return len(paths)
+            return sum(map(delete_if_abandoned, paths))
         return abort_uploads(self.filesystem, self.url, self.protocol) if self.protocol in S3 else 0
 
     def check_writable(self) -> None:

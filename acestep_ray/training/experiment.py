@@ -11,13 +11,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import InputError
 from acestep_ray.plain_files import NOTES
 from acestep_ray.plain_json import load_json
-from acestep_ray.storage import HeldError, Lease, StorageError, Store, is_url
+from acestep_ray.storage import (
+    DiskFullError,
+    HeldError,
+    Lease,
+    StorageError,
+    Store,
+    full_disk_explained,
+    is_url,
+)
+from acestep_ray.storage.files import LOCK
+from acestep_ray.storage.locks import LockFile
 from acestep_ray.terminal import show_line
 from acestep_ray.tracking.local_database import same_run
 
@@ -29,7 +37,6 @@ CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 """Folders of a run's checkpoints, and of the music that it made on the way."""
 FINGERPRINTS = {"dataset": "songs of --dataset_path", "transformer": "transformer of --checkpoint_dir"}
 """What a run's identity calls them."""
-_LOCK_FILE = ".lock"
 
 # A change of any makes another run of what goes on from the last checkpoint. `max_steps` and `epochs` are not among
 # them: a run is made longer with them.
@@ -161,9 +168,12 @@ def make_folder(folder: Folder, flag: str) -> None:
     path = store.path
     probe = path / ".writable"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with full_disk_explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        probe.unlink(missing_ok=True)  # another process may have looked at the same time
+    except DiskFullError:
+        raise
     except OSError as error:
         raise InputError(
             f"cannot write here ({error.strerror or error})",
@@ -195,11 +205,9 @@ def only_run(experiment: Folder) -> Iterator[None]:
         with _leased(experiment):
             yield
         return
-    lock = FileLock(experiment.path / _LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise _under_way(experiment) from None
+    lock = LockFile(experiment.path / LOCK)
+    if not lock.acquire():
+        raise _under_way(experiment, f" ({lock.holder()})")
     try:
         yield
     finally:
@@ -208,7 +216,7 @@ def only_run(experiment: Folder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leased(experiment: Store) -> Iterator[None]:
-    lease = Lease(experiment, _LOCK_FILE, lost=_end_this_run)
+    lease = Lease(experiment, LOCK, lost=_end_this_run)
     try:
         lease.acquire()
     except HeldError as error:

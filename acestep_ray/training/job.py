@@ -17,10 +17,10 @@ from acestep_ray.cache.index import CacheIndex
 from acestep_ray.config import TrainConfig
 from acestep_ray.config.paths import is_path_setting
 from acestep_ray.export.reading import LORA_FILE
-from acestep_ray.export.transformer import export_transformer
+from acestep_ray.export.transformer import write_transformer
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.ray_runtime import connect
-from acestep_ray.storage import Store, updated_folder
+from acestep_ray.storage import Store, replaced_folder
 from acestep_ray.terminal import fact_table
 from acestep_ray.tracking import (
     BUFFER_FILE,
@@ -251,8 +251,8 @@ def find_result(
     checkpoints = Checkpoints(settings.checkpoints)
     if settings.lora is not None:
         return checkpoints.folder(step).place_of("" if "adapters" in settings.lora else LORA_FILE)
-    with updated_folder(experiment.child(EXPORT_FOLDER), last=["config.json"]) as folder:
-        export_transformer(checkpoint, checkpoints.read_weights(step), folder)
+    with replaced_folder(experiment.child(EXPORT_FOLDER), last=["config.json"]) as folder:
+        write_transformer(checkpoint, checkpoints.read_weights(step), folder)
     return experiment.place_of(EXPORT_FOLDER)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -24,7 +23,7 @@ from acestep_ray.autoscaling import bring_nodes
 from acestep_ray.config import TrainConfig
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.ray_runtime import Console, StopSignal, cluster_cpus, nodes_with, share_of
-from acestep_ray.storage import Store
+from acestep_ray.storage import Store, scratch_folder
 from acestep_ray.terminal import Progress, show_line
 from acestep_ray.tracking import end_mlflow_run
 from acestep_ray.training.leaving import SavingTorchConfig, leaving
@@ -239,8 +238,8 @@ def rays_book(checkpoints: Store) -> Iterator[tuple[str, str]]:
     if checkpoints.is_local:
         yield str(checkpoints.parent.path), checkpoints.name
         return
-    with tempfile.TemporaryDirectory(prefix="acestep-ray-") as folder:
-        yield folder, checkpoints.name
+    with scratch_folder() as folder:
+        yield str(folder), checkpoints.name
 
 
 def report_to_ray(metrics: dict[str, float], checkpoint: Store | None) -> None:

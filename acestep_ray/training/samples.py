@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,7 +18,8 @@ from acestep_ray.generation.render import decode, starting_noise, write_audio, w
 from acestep_ray.models.checkpoint import CheckpointDir
 from acestep_ray.models.codec import SAMPLE_RATE, latent_frames
 from acestep_ray.models.transformer import ACEStepTransformer
-from acestep_ray.storage import Store, upload_folder
+from acestep_ray.storage import Store, scratch_folder, upload_folder
+from acestep_ray.storage.files import written_whole
 
 
 class Sampler(TypedDict):
@@ -45,22 +46,17 @@ class SampleFolder:
 
     def __init__(self, store: Store):
         self._store = store
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        if store.is_local:
-            self.path = store.path
-        else:
-            self._temporary = tempfile.TemporaryDirectory(prefix="acestep-ray-")
-            self.path = Path(self._temporary.name)
+        self._stack = contextlib.ExitStack()
+        self.path = store.path if store.is_local else self._stack.enter_context(scratch_folder())
 
     def publish(self, name: str) -> None:
         """Copy the files of a sample to where they belong."""
-        if self._temporary is not None:
+        if not self._store.is_local:
             upload_folder(self.path / name, self._store.child(name))
 
     def close(self) -> None:
         """Forget what was only kept for others to read."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._stack.close()
 
 
 def write_sample(
@@ -91,7 +87,8 @@ def write_sample(
     waveform = decode(CheckpointDir.open(config.checkpoint_dir).load_codec(device), latents)
     name = file_name(song.key)
     write_audio(directory / f"{name}.wav", waveform)
-    write_mel_picture(directory / f"{name}.png", waveform, f"{song.key} · seed {config.seed}")
+    with written_whole(directory / f"{name}.png") as picture:
+        write_mel_picture(picture, waveform, f"{song.key} · seed {config.seed}")
     made_from = {
         "key": song.key,
         "prompt": song.prompts[0],
@@ -101,9 +98,8 @@ def write_sample(
         "shift": config.shift,
         **SAMPLER,
     }
-    (directory / f"{name}.json").write_text(
-        json.dumps(made_from, ensure_ascii=False, indent=1) + "\n", "utf-8"
-    )
+    with written_whole(directory / f"{name}.json") as file:
+        file.write((json.dumps(made_from, ensure_ascii=False, indent=1) + "\n").encode())
     return waveform, SAMPLE_RATE
 
 

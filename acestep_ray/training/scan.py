@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from acestep_ray.cache.transport import decoded_table, plain_faults
 from acestep_ray.data.schema import RejectReason
 from acestep_ray.errors import AceStepError, InputError
 from acestep_ray.ray_runtime import cluster_cpus
-from acestep_ray.storage import Store
+from acestep_ray.storage import Store, scratch_folder
 from acestep_ray.terminal import Progress, fact_table
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def read_songs(folder: Store) -> pa.Table:
     with contextlib.ExitStack() as stack:
         path = folder.place_of(SONGS)
         if not folder.is_local:
-            path = stack.enter_context(tempfile.NamedTemporaryFile(prefix="acestep-ray-")).name
+            path = stack.enter_context(scratch_folder()) / SONGS
             folder.download(SONGS, path)
         with pa.ipc.open_file(pa.memory_map(str(path))) as file:
             if not has_types(file.schema, SONG_SCHEMA):

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from acestep_ray.config import TrainConfig, TuneConfig
 from acestep_ray.errors import InputError
 from acestep_ray.ray_runtime import Console
-from acestep_ray.storage import Store, updated_folder
+from acestep_ray.storage import Store, scratch_folder, updated_folder
 from acestep_ray.terminal import Progress, is_verbose, show_line
 from acestep_ray.terminal.numbers import number_text
 from acestep_ray.training.launch import fit_interruptibly
@@ -229,8 +228,8 @@ class Search:
 def rays_folder(search: Store) -> Iterator[str]:
     """A folder for Ray Tune's own book, in that of the search, or of this machine where that is in object storage."""
     if not search.is_local:
-        with tempfile.TemporaryDirectory(prefix="acestep-ray-") as folder:
-            yield folder
+        with scratch_folder() as folder:
+            yield str(folder)
         return
     shutil.rmtree(search.path / _RAY_FOLDER, ignore_errors=True)
     yield search.url

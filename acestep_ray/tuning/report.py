@@ -16,7 +16,7 @@ from acestep_ray.config import TrainConfig
 from acestep_ray.export.reading import LORA_FILE
 from acestep_ray.paths import shell_command
 from acestep_ray.reporting.page import Page
-from acestep_ray.storage import Store
+from acestep_ray.storage import Store, replaced_folder
 from acestep_ray.terminal import column_table, fact_table
 from acestep_ray.terminal.numbers import number_text
 from acestep_ray.tracking import mlflow_command
@@ -28,7 +28,7 @@ from acestep_ray.tuning.pictures import (
     draw_parallel_coordinates,
     draw_rank_by_learning_rate,
 )
-from acestep_ray.tuning.records import FAILED, Records, TrialRecord
+from acestep_ray.tuning.records import FAILED, UNFINISHED, Records, TrialRecord
 
 TABLE_FILE = "trials.parquet"
 REPORT = "report"
@@ -51,6 +51,17 @@ class TuneSummary:
     tracking_uri: str | None
     wall_seconds: float
     retrained: TrainSummary | None
+
+    @property
+    def unfinished(self) -> str | None:
+        """What is left to do, for which the command's exit code is 1; None where all trials are over."""
+        left = [trial for trial in self.trials if trial["state"] == UNFINISHED]
+        if not left:
+            return None
+        return (
+            f"{len(left)} of {len(self.trials)} trials are not finished: {left[0]['error']}\n"
+            "  → the same command continues them"
+        )
 
     def render(self) -> str:
         """The summary as text."""
@@ -123,11 +134,12 @@ def write_best(
     `config` and `lora` are what a trial's run had, but for its names and the paces of a search.
     """
     checkpoint = records.best_checkpoint(record)
-    if checkpoint is not None:
-        folder.write_bytes(LORA_FILE, checkpoint.read_bytes(LORA_FILE))
-    folder.write_bytes("lora_config.json", (json.dumps(lora, indent=4) + "\n").encode())
     config = replace(config, lora_config_path=folder.url_of("lora_config.json"))
-    folder.write_bytes(SETTINGS_FILE, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+    with replaced_folder(folder, last=[SETTINGS_FILE]) as new:
+        if checkpoint is not None:
+            (new / LORA_FILE).write_bytes(checkpoint.read_bytes(LORA_FILE))
+        (new / "lora_config.json").write_text(json.dumps(lora, indent=4) + "\n", encoding="utf-8")
+        (new / SETTINGS_FILE).write_bytes(yaml.safe_dump(asdict(config), sort_keys=False).encode())
 
 
 def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], records: Records, space: str) -> None:

@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 
 from acestep_ray.errors import InputError
 from acestep_ray.training.settings import nobody
-from acestep_ray.tuning.records import DONE, FAILED, STOPPED, Records, TrialRecord
+from acestep_ray.tuning.records import DONE, FAILED, STOPPED, UNFINISHED, Records, TrialRecord
 from acestep_ray.tuning.space import Params, Space
 
 OBJECTIVE = "validation"
@@ -215,7 +215,8 @@ class Recorder(Callback):
         if "interrupted" in result:
             return
         if "error" in result:
-            self._end(name, FAILED, result["error"])
+            # Once there is room the same command continues the trial.
+            self._end(name, UNFINISHED if result.get("is_disk_full") else FAILED, result["error"])
         else:
             self._end(name, DONE if result.get("is_last") else STOPPED)
 

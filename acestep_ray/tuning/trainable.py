@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorErro
 
 from acestep_ray.errors import AceStepError, GpuMemoryError
 from acestep_ray.ray_runtime import StopSignal
+from acestep_ray.storage import full_disk_of
 from acestep_ray.tuning.loop import Measured, SteppedLoop
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ class TrialActor(tune.Trainable):
         except GpuMemoryError as error:
             self.cleanup()  # started again, it may find more: other trials will have ended
             raise GpuMemoryError(f"{error}, or {self.fewer_at_once}") from error
-        except AceStepError as error:
-            return {**NOTHING, "error": str(error), "done": True}
-        except Exception:
+        except Exception as error:
+            is_full = full_disk_of(error) is not None
+            if is_full or isinstance(error, AceStepError):
+                return {**NOTHING, "error": str(error), "is_disk_full": is_full, "done": True}
             self.cleanup()  # before another actor goes on with the trial
             raise
         if measured is not None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from acestep_ray.errors import InputError
 from acestep_ray.reporting.page import Page
+from acestep_ray.storage import DiskFullError
 from tests.browser import NARROW, WIDE, visit
 
 EVIL = """<script>document.title = "taken"</script>"><img src=x onerror="document.title='taken'">&amp;'"""
@@ -250,7 +251,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match=r"(?s)No space left on device.*page\.html"):
+        with pytest.raises(DiskFullError, match=r"(?s)No space left on device.*page\.html"):
             Page("second").write(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]

@@ -20,6 +20,7 @@ from acestep_ray.tuning.records import (
     Records,
     check_same_search,
 )
+from acestep_ray.tuning.report import TuneSummary, trial_rows
 from acestep_ray.tuning.search import OptunaTPE, Recorder, TrialSearch, build_scheduler, last_error, teach
 from acestep_ray.tuning.space import read_space
 
@@ -215,6 +216,23 @@ def test_what_becomes_of_trials_is_noted_and_read_back(tmp_path):
 )
 def test_a_trials_error_is_told_whole_and_without_its_trace(trace, expected):
     assert last_error(trace) == expected
+
+
+def test_a_trial_whose_disk_was_full_is_unfinished_and_the_command_says_so(tmp_path):
+    records = Records(tmp_path)
+    full, failed = (records.add({"rank": rank}) for rank in (2, 4))
+    recorder = Recorder(records, lambda record: None)
+    for record, is_full in ((full, True), (failed, False)):
+        trial = SimpleNamespace(
+            config={"name": record.name},
+            last_result={"error": "no room on the disk", "is_disk_full": is_full},
+        )
+        recorder.on_trial_complete(1, [], trial)
+    assert [record.state for record in Records(tmp_path)] == [UNFINISHED, FAILED]
+    summary = TuneSummary(trial_rows(records), ["rank"], None, Store.at(tmp_path), None, 1.0, None)
+    assert "1 of 2 trials are not finished: no room on the disk" in summary.unfinished
+    records.end(full.name, DONE)
+    assert TuneSummary(trial_rows(records), [], None, records.folder, None, 1.0, None).unfinished is None
 
 
 def test_trials_are_ranked_by_their_lowest_validation_and_failed_ones_are_none(tmp_path):
