@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from acestep_ray.data.schema import splits_of
+from acestep_ray.errors import InputError
 from tests.security.bounded import run_bounded
 
 SECONDS = 60
@@ -224,3 +226,57 @@ print("code", cli.main(["prepare", "--data_dir", {str(folder)!r}, "--output_dir"
     done = run_bounded(["-c", program], seconds=SECONDS)
     assert "code 2" in done.stdout, done.stderr
     assert "deep.json: not JSON" in done.stderr
+
+
+def test_names_within_parquet_become_plain_names(tmp_path):
+    wav = io.BytesIO()
+    soundfile.write(wav, np.zeros(44_100), 44_100, format="WAV")
+    names = [
+        "../up.wav",
+        "..\\back.wav",
+        "/abs/a.wav",
+        "A.WAV",
+        "nul\0\x1b.wav",
+        "n" * 5000 + ".wav",
+        "...",
+        None,
+    ]
+    audio = [{"bytes": wav.getvalue(), "path": name} for name in names]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"audio": audio}), tmp_path / "in/songs.parquet", use_dictionary=False)
+    program = f"""
+from acestep_ray import cli
+arguments = ["--data_dir", {str(tmp_path / "in/songs.parquet")!r}, "--output_dir", {str(tmp_path / "set")!r}]
+print("code", cli.main(["prepare", *arguments]))
+"""
+    done = run_bounded(["-c", program], seconds=SECONDS)
+    assert "code 0" in done.stdout, done.stderr
+    written = [path.name for path in (tmp_path / "set/audio").rglob("*") if path.is_file()]
+    assert len(written) == len(names)
+    assert all(name.isprintable() and len(name) < 256 and not name.startswith(".") for name in written)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "set"]
+
+
+@pytest.mark.parametrize("split", ["../other", "a/b", "..", ""])
+def test_splits_of_a_dataset_are_plain_names(tmp_path, split):
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+    with pytest.raises(InputError, match="no plain names"):
+        splits_of(tmp_path, "set")
+
+
+def test_readers_of_texts_take_no_square_of_time():
+    """Inputs for which they took seconds at a fiftieth of this length; the limit of CPU time ends the child."""
+    program = """
+from acestep_ray.data import languages, layouts, metas
+from acestep_ray.errors import InputError
+for blank in (" \\n", "\\t\\n", "\\u3000\\n"):
+    layouts.looks_like_lyrics(blank * 500_000)
+for read in (languages.language_code, metas.read_bpm, metas.read_keyscale, metas.read_timesignature):
+    for text in ("\\u00e1" * 1_000_000, "1" * 1_000_000, "A" + " " * 1_000_000 + "!"):
+        try:
+            read(text)
+        except (InputError, ValueError):
+            print("refused")
+"""
+    done = run_bounded(["-c", program], seconds=30)
+    assert done.stdout.count("refused") == 12, done.stderr
