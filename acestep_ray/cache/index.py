@@ -196,7 +196,9 @@ def read_index_table(store: Store, manifest: dict[str, Any]) -> pa.Table:
     except OSError as error:
         raise InputError(f"the cache's index cannot be read ({error})", where=store.url, fix=_FIX) from None
     try:
-        return table_from_bytes(content, INDEX_SCHEMA, "part")
+        table = table_from_bytes(content, INDEX_SCHEMA, "part")
+        table.validate(full=True)  # otherwise a name that is not UTF-8 is found when it is used
+        return table
     except (OSError, pa.ArrowException) as error:
         where = store.url_of(manifest["index"])
         reason, fix = _explained(content, where, error)

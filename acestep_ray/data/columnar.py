@@ -45,23 +45,18 @@ def check_growth(size: int, unpacked: int) -> None:
         raise pa.ArrowInvalid(f"it unpacks to more than {_LARGEST_RATIO} times its size")
 
 
-def rows_at_once(parquet: pq.ParquetFile) -> int:
-    """How many rows may be read together. Raises ArrowInvalid for a file that unpacks to far more than it is.
+def rows_at_once(parquet: pq.ParquetFile, size: int) -> int:
+    """How many rows may be read together from a file of `size` bytes. Raises ArrowInvalid for a file that unpacks to
+    far more than it is.
 
-    A dictionary holds a value once that many rows repeat: each row may be as large as all the dictionary.
+    A dictionary holds a value once that many rows repeat: each row may be as large as all the dictionary. Figures of
+    single columns are not read: Arrow ends the process over statistics that are damaged.
     """
     metadata = parquet.metadata
-    largest = 1
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for number in range(row_group.num_columns):
-            column = row_group.column(number)
-            packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
-            if packed < 0 or unpacked < 0 or row_group.num_rows < 0:
-                raise pa.ArrowInvalid("its sizes are below zero")
-            if unpacked > _SMALL_BYTES and unpacked > _LARGEST_RATIO * max(packed, 1):
-                raise pa.ArrowInvalid(
-                    f"the column {column.path_in_schema[:100]} unpacks from {packed:,} to {unpacked:,} bytes"
-                )
-            largest = max(largest, unpacked)
-    return max(1, min(_MOST_ROWS, _BATCH_BYTES // largest))
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    sizes = [group.total_byte_size for group in groups]
+    if any(group.total_byte_size < 0 or group.num_rows < 0 for group in groups):
+        raise pa.ArrowInvalid("its sizes are below zero")
+    if sum(sizes) > _SMALL_BYTES and sum(sizes) > _LARGEST_RATIO * max(size, 1):
+        raise pa.ArrowInvalid(f"it unpacks from {size:,} to {sum(sizes):,} bytes")
+    return max(1, min(_MOST_ROWS, _BATCH_BYTES // max([1, *sizes])))

@@ -335,8 +335,10 @@ def _uses_genre(sample: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
 
 
 def _parquet_rows(table: str, file: BinaryIO, findings: Findings) -> Iterator[Row]:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
     parquet = open_parquet(file)
-    batches = parquet.iter_batches(rows_at_once(parquet))
+    batches = parquet.iter_batches(rows_at_once(parquet, size))
     yield from _rows_of_batches(table, parquet.schema_arrow, map(short, batches), findings)
 
 

@@ -209,7 +209,9 @@ def _check_figures(file: StoredFile) -> None:
     """Raise ArrowInvalid for a Parquet file that unpacks to far more than it is."""
     if file.name.lower().endswith(".parquet"):
         with file.open() as content:
-            rows_at_once(open_parquet(content))
+            size = content.seek(0, os.SEEK_END)
+            content.seek(0)
+            rows_at_once(open_parquet(content), size)
 
 
 def _batches(file: StoredFile) -> Iterator[tuple[pa.Schema, pa.RecordBatch]]:

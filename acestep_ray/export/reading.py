@@ -347,7 +347,7 @@ def _update(name: str, parts: Mapping[str, Tensor], scale: float, path: Path) ->
     a, b = (parts[key].flatten(1) for key in ("lora_A", "lora_B"))
     b = b * scale
     if not b.isfinite().all():
-        raise InputError(f"`{name}` overflows at the LoRA's strength of {scale:g}", where=str(path))
+        raise InputError(f"`{name}` overflows at the LoRA's strength of {scale}", where=str(path))
     return LoraUpdate(a, b, None if magnitude is None else magnitude.flatten())
 
 
