@@ -78,7 +78,7 @@ def file_uri(path: str) -> str:
 def path_of_file_uri(uri: str) -> str:
     """The path that a `file://` URI names.
 
-    Escapes are resolved, unless only the path as it is written exists: people also write paths unescaped.
+    Escapes are resolved, unless only the path as written exists: people also write paths unescaped.
     """
     rest = uri[match.end() :] if (match := _FILE_URI.match(uri)) else uri
     if rest.startswith("~"):

@@ -36,7 +36,7 @@ def prune_cache(place: str, dry_run: bool = False) -> PruneSummary:
     rerun had encoded, which the next run would have found. Files that are not of the format stay.
 
     Raises InputError, and deletes nothing, where a run is writing to the cache, and where there is no complete cache:
-    all there is then is what the next run goes on from.
+    these files are then all that the next run can resume from.
     """
     store = Store.at(place)
     manifest = read_manifest(store)  # before a lock is made in what may be no cache

@@ -1,7 +1,7 @@
 """Files of web servers, with bounds: which addresses are asked, how long, and how much is taken.
 
 A URL in a table is asked for from inside the user's network. The metadata service of a cloud machine, which hands out
-credentials, and services of this machine answer nobody there: what a name or a redirect leads to is compared at the
+credentials, and services of this machine are not reachable there: what a name or a redirect leads to is compared at the
 moment of the connection.
 """
 

@@ -364,7 +364,7 @@ class Store:
         """Delete what writers left that were killed in the middle, and return how many such files there were.
 
         Local temporary files, but those of living processes, and unfinished multipart uploads of S3; other storage
-        forgets them by itself. Only for a time when nothing writes to this store.
+        deletes them automatically. Only for a time when nothing writes to this store.
         """
         if self.is_local:
             paths = unfinished_below(self.path)

@@ -157,7 +157,7 @@ class Guarded(io.TextIOWrapper):
         return len(text)
 
     def write_trusted(self, text: str) -> int:
-        """Write a text as it is."""
+        """Write a text unchanged."""
         try:
             return super().write(text)
         except OSError as error:
